@@ -1,0 +1,28 @@
+# Every target is one command; CI calls the same ones. PYTHON is the interpreter that makes .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test bench lint gpu clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --no-deps -r constraints.txt && $(BIN)/pip install -q --no-build-isolation --no-deps -e . && touch $@
+
+demo: setup
+	$(BIN)/xray demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+bench: setup
+	$(BIN)/python -m pytest bench/ --benchmark
+
+lint: setup
+	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/mypy && $(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
+
+gpu:
+	XRAY_CUDA=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . && XRAY_KERNELS=cuda $(PYTHON) -m pytest -q tests/test_gpu.py
+
+clean:
+	rm -rf .venv build *.egg-info xray_kernels/*.so .pytest_cache .mypy_cache .ruff_cache runs

@@ -1,0 +1,25 @@
+"""Kernels for vision models that prune tokens: PyTorch ops with CPU and GPU implementations behind one dispatcher.
+
+The ops work on any machine that runs PyTorch; `python -m xray_kernels` prints which implementation runs where.
+"""
+
+from xray_kernels import _library
+from xray_kernels.attention import attention, attention_with_scores
+from xray_kernels.contrastive_loss import clip_loss, siglip_loss
+from xray_kernels.contrastive_loss.modules import ClipLoss, SigLipLoss
+from xray_kernels.tag_loss import tag_loss
+from xray_kernels.token_reorganize import add_reorganize_norm, reorganize_tokens
+
+__all__ = [
+    "ClipLoss",
+    "SigLipLoss",
+    "add_reorganize_norm",
+    "attention",
+    "attention_with_scores",
+    "clip_loss",
+    "reorganize_tokens",
+    "siglip_loss",
+    "tag_loss",
+]
+
+_library.load_compiled()
