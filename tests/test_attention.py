@@ -94,3 +94,13 @@ def test_bad_prefix_is_named() -> None:
             ops.attention_with_scores(GOOD, GOOD, GOOD, num_prefix_tokens=prefix)
     with pytest.raises(ValueError, match="same number of tokens"):
         ops.attention_with_scores(GOOD[:, :, :4], GOOD, GOOD)
+
+
+def test_autocast_of_the_caller_changes_nothing() -> None:
+    """The ops choose their own precision: float32 in gives float32 results, bit for bit, inside autocast."""
+    query, key, value = qkv(2, 2, 9, 16)
+    expected = ops.attention_with_scores(query, key, value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = ops.attention_with_scores(query, key, value)
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.equal(got, want)

@@ -8,6 +8,7 @@ library is loaded and so take the reference's place there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ def define(
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is None:
 
@@ -57,8 +58,19 @@ def define(
             raise RuntimeError(f"{qualified} has no gradient: double backward is not supported by this op")
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    REFERENCES[name] = reference
+    REFERENCES[name] = _without_autocast(reference)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference decides its own precision, as a kernel does, whatever `torch.autocast` the caller is in."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return reference(*args)
+
+    return run
 
 
 def choice() -> str:

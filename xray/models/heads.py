@@ -1,0 +1,30 @@
+"""Heads on the vision encoder: the multi-tag classifier of the hashtag stage."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from xray.models.config import TagConfig
+from xray.models.vit import VisionTransformer
+
+
+class TagClassifier(nn.Module):
+    """The encoder and one linear layer over the tags.
+
+    Training on large vocabularies goes through ``ops.tag_loss(self.encoder(pixels), self.head.weight, ...)``,
+    which never forms the (B, num_tags) logits that ``forward`` returns.
+    """
+
+    def __init__(self, config: TagConfig) -> None:
+        super().__init__()
+        if not isinstance(config, TagConfig):
+            raise TypeError(f"config must be a TagConfig, got {type(config).__name__}")
+        self.config = config
+        self.encoder = VisionTransformer(config.vision)
+        self.head = nn.Linear(config.vision.width, config.num_tags)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels: Tensor, keep_rate: float | None = None) -> Tensor:
+        """Images or clips, as ``VisionTransformer.encode`` takes them, to tag logits (B, num_tags)."""
+        return self.head(self.encoder(pixels, keep_rate))

@@ -1,0 +1,143 @@
+"""The pre-LN transformer block and the position embeddings that every model here is built from."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xray import ops
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one joint projection for query, key and value."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, count, width = tokens.shape
+        # (B, N, 3C) -> (3, B, H, N, D): views only, the ops take any strides.
+        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return query, key, value
+
+    def _merge(self, heads: Tensor) -> Tensor:
+        return self.proj(heads.transpose(1, 2).flatten(2))  # (B, H, N, D) -> (B, N, C)
+
+    def forward(self, tokens: Tensor, *, is_causal: bool = False, key_lengths: Tensor | None = None) -> Tensor:
+        """(B, N, C) -> (B, N, C); ``key_lengths`` (B,) hides the keys past each row's length."""
+        query, key, value = self._split(tokens)
+        return self._merge(ops.attention(query, key, value, is_causal=is_causal, key_lengths=key_lengths))
+
+    def forward_with_scores(self, tokens: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> the same, and the class token's mean attention to each non-prefix token (B, N - P)."""
+        query, key, value = self._split(tokens)
+        heads, scores = ops.attention_with_scores(query, key, value, num_prefix_tokens=num_prefix_tokens)
+        return self._merge(heads), scores
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """A pre-LN transformer block that can also reorganise its tokens as EViT does."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        num_keep: int | None = None,
+        num_prefix_tokens: int = 1,
+        is_causal: bool = False,
+        key_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block.
+
+        Args:
+            tokens: (B, N, C).
+            num_keep: non-prefix tokens to keep, or None to leave the tokens as they are. The rest become one
+                fused token, between the attention residual and the MLP (EViT, Liang et al., ICLR 2022).
+            num_prefix_tokens: leading tokens that are never dropped.
+            is_causal: let a token attend only to itself and those before it; not with ``num_keep``.
+            key_lengths: (B,) valid tokens of each row; not with ``num_keep``.
+
+        Returns:
+            The tokens, (B, N, C) or (B, P + num_keep + 1, C), and the kept indices (B, num_keep) int64 into
+            the non-prefix tokens, or None.
+        """
+        if num_keep is None:
+            tokens = tokens + self.attn(self.norm1(tokens), is_causal=is_causal, key_lengths=key_lengths)
+            return tokens + self.mlp(self.norm2(tokens)), None
+        update, scores = self.attn.forward_with_scores(self.norm1(tokens), num_prefix_tokens)
+        tokens, indices = ops.reorganize_tokens(tokens + update, scores, num_keep, num_prefix_tokens=num_prefix_tokens)
+        return tokens + self.mlp(self.norm2(tokens)), indices
+
+
+def init_linear_layers(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in every linear layer, a scale that fits any width."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+def sin_cos_positions(grid_size: int, width: int) -> Tensor:
+    """The fixed 2-D sine-cosine embedding of a square grid, (1, grid_size**2, width) float32.
+
+    A quarter of the channels each for sine and cosine of the row and of the column; channels left over when
+    ``width`` is not a multiple of 4 are zero. MAE (He et al., CVPR 2022) fixes it; here it only starts the
+    learned embeddings.
+    """
+    quarter = width // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / max(quarter, 1))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (G, C/4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (G, C/2)
+    rows = waves[:, None, :].expand(-1, grid_size, -1)
+    columns = waves[None, :, :].expand(grid_size, -1, -1)
+    positions = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return F.pad(positions, (0, width - 4 * quarter)).float()[None]
+
+
+def resize_positions(positions: Tensor, grid_size: int) -> Tensor:
+    """Interpolate spatial embeddings (1, G*G, C) to (1, grid_size**2, C).
+
+    Bicubic with antialiasing and unaligned corners, as timm's ``resample_abs_pos_embed``.
+    """
+    old = round(positions.shape[1] ** 0.5)
+    if old == grid_size:
+        return positions
+    picture = positions.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, C, G, G)
+    size = (grid_size, grid_size)
+    picture = F.interpolate(picture, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return picture.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+
+
+def resize_frame_positions(positions: Tensor, num_frames: int) -> Tensor:
+    """Interpolate temporal embeddings (1, T, C) linearly to (1, num_frames, C); one frame is repeated."""
+    if positions.shape[1] == num_frames:
+        return positions
+    line = positions.float().transpose(1, 2)  # (1, C, T)
+    line = F.interpolate(line, size=num_frames, mode="linear", align_corners=False)
+    return line.transpose(1, 2).to(positions.dtype)

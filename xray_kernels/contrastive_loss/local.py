@@ -1,0 +1,168 @@
+"""The local ops of the contrastive losses: n images against N texts on one device, with their gradients.
+
+`offset` is where the positives stand: image i belongs to text offset + i, and to none when that is outside
+0..N-1. So the same ops serve one process (n == N, offset 0), a rank against all gathered texts, and a rank
+against one block of a ring. With U = 2 n N D floating-point operations, one n x N x D matrix product:
+
+    contrastive_statistics            U    log-sum-exp of rows and of columns, and the positive logits
+    contrastive_statistics_backward   3U   recomputes the logits; one product for each modality's gradient
+    sigmoid_contrastive               3U   the loss and its gradients in one pass; U when none are asked for
+    sigmoid_contrastive_backward      0    multiplies these by the gradient that arrives
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xray_kernels import _library
+from xray_kernels.contrastive_loss import reference
+from xray_kernels.contrastive_loss.tiling import wide_dtype
+
+
+def _fake_statistics(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, max_workspace_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = image.new_empty(image.shape[0], dtype=torch.float64)
+    return rows, text.new_empty(text.shape[0], dtype=torch.float64), torch.empty_like(rows)
+
+
+def _fake_statistics_backward(
+    grad_row: Tensor,
+    grad_column: Tensor,
+    grad_positive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    offset: int,
+    max_workspace_bytes: int,
+    image_grad: bool,
+    text_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        image.new_empty(image.shape if image_grad else (0,)),
+        text.new_empty(text.shape if text_grad else (0,)),
+        logit_scale.new_empty(()),
+    )
+
+
+def _setup_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, text, logit_scale, ctx.offset, ctx.max_workspace_bytes = inputs
+    ctx.save_for_backward(image, text, logit_scale, output[0], output[1])
+
+
+def _backward_statistics(ctx: Any, grad_row: Tensor, grad_column: Tensor, grad_positive: Tensor) -> tuple[Any, ...]:
+    image_needs, text_needs, scale_needs = ctx.needs_input_grad[:3]
+    grad_image, grad_text, grad_scale = contrastive_statistics_backward(
+        grad_row,
+        grad_column,
+        grad_positive,
+        *ctx.saved_tensors,
+        ctx.offset,
+        ctx.max_workspace_bytes,
+        image_needs or scale_needs,
+        text_needs,
+    )
+    return (
+        grad_image if image_needs else None,
+        grad_text if text_needs else None,
+        grad_scale if scale_needs else None,
+        None,
+        None,
+    )
+
+
+def _fake_sigmoid(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    max_workspace_bytes: int,
+    image_grad: bool,
+    text_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = wide_dtype(image.dtype)
+    total = image.new_empty((), dtype=torch.float64)
+    return (
+        total,
+        image.new_empty(image.shape if image_grad else (0,), dtype=wide),
+        text.new_empty(text.shape if text_grad else (0,), dtype=wide),
+        torch.empty_like(total),
+        torch.empty_like(total),
+    )
+
+
+def _fake_sigmoid_backward(
+    grad: Tensor,
+    grad_image: Tensor,
+    grad_text: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(grad_image, dtype=dtype),
+        torch.empty_like(grad_text, dtype=dtype),
+        torch.empty_like(grad_scale),
+        torch.empty_like(grad_bias),
+    )
+
+
+def _setup_sigmoid(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, _, logit_scale, logit_bias, _, _, ctx.image_grad, ctx.text_grad = inputs
+    ctx.dtypes = (image.dtype, logit_scale.dtype, logit_bias.dtype)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_sigmoid(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    image_needs, text_needs, scale_needs, bias_needs = ctx.needs_input_grad[:4]
+    if ((image_needs or scale_needs or bias_needs) and not ctx.image_grad) or (text_needs and not ctx.text_grad):
+        raise RuntimeError("sigmoid_contrastive was called without the gradients that are now asked for")
+    if grad is None:
+        return (None,) * 8
+    dtype, scale_dtype, bias_dtype = ctx.dtypes
+    grad_image, grad_text, grad_scale, grad_bias = sigmoid_contrastive_backward(grad, *ctx.saved_tensors, dtype)
+    return (
+        grad_image if image_needs else None,
+        grad_text if text_needs else None,
+        grad_scale.to(scale_dtype) if scale_needs else None,
+        grad_bias.to(bias_dtype) if bias_needs else None,
+        *(None,) * 4,
+    )
+
+
+contrastive_statistics_backward = _library.define(
+    "contrastive_statistics_backward(Tensor grad_row, Tensor grad_column, Tensor grad_positive, Tensor image,"
+    " Tensor text, Tensor logit_scale, Tensor row_lse, Tensor column_lse, SymInt offset,"
+    " int max_workspace_bytes, bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
+    reference=reference.contrastive_statistics_backward,
+    fake=_fake_statistics_backward,
+)
+contrastive_statistics = _library.define(
+    "contrastive_statistics(Tensor image, Tensor text, Tensor logit_scale, SymInt offset,"
+    " int max_workspace_bytes) -> (Tensor, Tensor, Tensor)",
+    reference=reference.contrastive_statistics,
+    fake=_fake_statistics,
+    backward=_backward_statistics,
+    setup_context=_setup_statistics,
+)
+sigmoid_contrastive_backward = _library.define(
+    "sigmoid_contrastive_backward(Tensor grad, Tensor grad_image, Tensor grad_text, Tensor grad_scale,"
+    " Tensor grad_bias, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.sigmoid_contrastive_backward,
+    fake=_fake_sigmoid_backward,
+)
+sigmoid_contrastive = _library.define(
+    "sigmoid_contrastive(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, SymInt offset,"
+    " int max_workspace_bytes, bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.sigmoid_contrastive,
+    fake=_fake_sigmoid,
+    backward=_backward_sigmoid,
+    setup_context=_setup_sigmoid,
+)

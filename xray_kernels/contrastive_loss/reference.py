@@ -1,0 +1,155 @@
+"""What the contrastive ops mean, in plain PyTorch, a tile of the n x N logits at a time.
+
+Log-sum-exps are kept in float64, n + N numbers: at scale 100 a float32 one is off by 4e-6, and the gradient
+multiplies that by the scale. Autocast is off inside: it would round the logits to bfloat16, half a unit each
+at scale 100.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xray_kernels.contrastive_loss.tiling import positives, spans, tile_shape, wide_dtype
+
+
+def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
+    peak = logits.amax(dim, keepdim=True)
+    return peak.squeeze(dim).double() + (logits - peak).exp_().sum(dim).double().log()
+
+
+def _softmax(logits: Tensor, lse: Tensor, weight: Tensor) -> Tensor:
+    """weight * exp(logits - lse); lse is split in two numbers of the logits' dtype so that none of it is lost."""
+    high = lse.to(logits.dtype)
+    low = (lse - high).to(logits.dtype)
+    return (logits - high).sub_(low).exp_().mul_(weight)
+
+
+def contrastive_statistics(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, max_workspace_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps of rows (n,) and columns (N,) of S = scale * I T^T, and S_{i, offset + i} or 0; float64."""
+    (n, width), num_texts, wide = image.shape, text.shape[0], wide_dtype(image.dtype)
+    row_lse = image.new_full((n,), float("-inf"), dtype=torch.float64)
+    column_lse = image.new_full((num_texts,), float("-inf"), dtype=torch.float64)
+    positive = image.new_zeros(n, dtype=torch.float64)
+    tall, broad = tile_shape(n, num_texts, width, image.dtype, max_workspace_bytes)
+    with torch.autocast(image.device.type, enabled=False):
+        for rows in spans(n, tall):
+            images = image[rows].to(wide)
+            for columns in spans(num_texts, broad):
+                logits = (images @ text[columns].to(wide).T).mul_(logit_scale.to(wide))
+                row_lse[rows] = torch.logaddexp(row_lse[rows], _log_sum_exp(logits, 1))
+                column_lse[columns] = torch.logaddexp(column_lse[columns], _log_sum_exp(logits, 0))
+                diagonal, with_positive = positives(rows, columns, offset)
+                positive[with_positive] = logits.diagonal(diagonal).double()
+    return row_lse, column_lse, positive
+
+
+def contrastive_statistics_backward(
+    grad_row: Tensor,
+    grad_column: Tensor,
+    grad_positive: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    offset: int,
+    max_workspace_bytes: int,
+    image_grad: bool,
+    text_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text and scale.
+
+    dS_ij = grad_row_i exp(S_ij - row_lse_i) + grad_column_j exp(S_ij - column_lse_j), and + grad_positive_i at
+    j = offset + i. Of image and text only those asked for, the others empty; the scale's comes with the image's.
+    """
+    (n, width), num_texts, wide = image.shape, text.shape[0], wide_dtype(image.dtype)
+    scale, grad_scale = logit_scale.to(wide), image.new_zeros((), dtype=torch.float64)
+    grad_image = image.new_zeros((n, width) if image_grad else (0,), dtype=wide)
+    grad_text = text.new_zeros((num_texts, width) if text_grad else (0,), dtype=wide)
+    tall, broad = tile_shape(n, num_texts, width, image.dtype, max_workspace_bytes)
+    with torch.autocast(image.device.type, enabled=False):
+        for rows in spans(n, tall):
+            images = image[rows].to(wide)
+            for columns in spans(num_texts, broad):
+                texts = text[columns].to(wide)
+                logits = (images @ texts.T).mul_(scale)
+                grad = _softmax(logits, row_lse[rows, None], grad_row[rows, None].to(wide))
+                grad += _softmax(logits, column_lse[columns], grad_column[columns].to(wide))
+                diagonal, with_positive = positives(rows, columns, offset)
+                grad.diagonal(diagonal).add_(grad_positive[with_positive].to(wide))
+                if image_grad:
+                    grad_image[rows].addmm_(grad, texts)
+                if text_grad:
+                    grad_text[columns].addmm_(grad.T, images)
+            if image_grad:  # sum_ij dS_ij I_i.T_j, before the factor `scale` of the image's gradient
+                grad_scale += (grad_image[rows] * images).sum(1).double().sum()
+    return (
+        grad_image.mul_(scale).to(image.dtype),
+        grad_text.mul_(scale).to(text.dtype),
+        grad_scale.to(logit_scale.dtype),
+    )
+
+
+def sigmoid_contrastive(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    max_workspace_bytes: int,
+    image_grad: bool,
+    text_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """sum_ij -logsigmoid(z_ij (scale * I_i.T_j + bias)), z = +1 at (i, offset + i) and -1 elsewhere; float64.
+
+    And its gradients by image, text (those asked for, the others empty), scale and bias (with the image's),
+    in float32 or wider: they need nothing but the tile at hand, so one pass gives the loss and all of them.
+    """
+    (n, width), num_texts, wide = image.shape, text.shape[0], wide_dtype(image.dtype)
+    scale, bias = logit_scale.to(wide), logit_bias.to(wide)
+    total, grad_scale, grad_bias = (image.new_zeros((), dtype=torch.float64) for _ in range(3))
+    grad_image = image.new_zeros((n, width) if image_grad else (0,), dtype=wide)
+    grad_text = text.new_zeros((num_texts, width) if text_grad else (0,), dtype=wide)
+    tall, broad = tile_shape(n, num_texts, width, image.dtype, max_workspace_bytes)
+    with torch.autocast(image.device.type, enabled=False):
+        for rows in spans(n, tall):
+            images = image[rows].to(wide)
+            for columns in spans(num_texts, broad):
+                texts = text[columns].to(wide)
+                tile = (images @ texts.T).mul_(scale).add_(bias).neg_()  # z_ij * logit_ij
+                diagonal, _ = positives(rows, columns, offset)
+                tile.diagonal(diagonal).neg_()
+                total -= F.logsigmoid(tile).sum(1).double().sum()
+                if not (image_grad or text_grad):
+                    continue
+                tile.neg_().sigmoid_().diagonal(diagonal).neg_()  # the logits' gradient, -z_ij sigmoid(-z_ij logit_ij)
+                if image_grad:
+                    grad_image[rows].addmm_(tile, texts)
+                    grad_bias += tile.sum(1).double().sum()
+                if text_grad:
+                    grad_text[columns].addmm_(tile.T, images)
+            if image_grad:
+                grad_scale += (grad_image[rows] * images).sum(1).double().sum()
+    return total, grad_image.mul_(scale), grad_text.mul_(scale), grad_scale, grad_bias
+
+
+def sigmoid_contrastive_backward(
+    grad: Tensor,
+    grad_image: Tensor,
+    grad_text: Tensor,
+    grad_scale: Tensor,
+    grad_bias: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward's gradients times the one that arrives; those of image and text in the features' dtype."""
+    factor = grad.to(grad_image.dtype)
+    return (
+        (grad_image * factor).to(dtype),
+        (grad_text * factor).to(dtype),
+        grad_scale * grad,
+        grad_bias * grad,
+    )
