@@ -177,6 +177,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> fl
         )
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not isinstance(scale, int | float) or scale != scale or abs(scale) == math.inf:
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     return float(scale)

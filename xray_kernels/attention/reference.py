@@ -11,15 +11,19 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Softmax rows (B, H, Nq, Nk) and their log-sum-exp (B, H, Nq), in float32 or wider; rows without a key are 0."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    logits = query.to(wide) @ key.to(wide).transpose(-2, -1) * scale
+    logits = (query.to(wide) @ key.to(wide).transpose(-2, -1)).mul_(scale)
     position = torch.arange(key.shape[2], device=key.device)
     if is_causal:
         row = torch.arange(query.shape[2], device=key.device)
-        logits = logits.masked_fill(position > row[:, None], float("-inf"))
+        logits.masked_fill_(position > row[:, None], float("-inf"))
     if key_lengths is not None:
-        logits = logits.masked_fill(position >= key_lengths[:, None, None, None], float("-inf"))
-    lse = logits.logsumexp(-1)
-    return logits.softmax(-1).masked_fill((lse == float("-inf"))[..., None], 0.0), lse
+        logits.masked_fill_(position >= key_lengths[:, None, None, None], float("-inf"))
+    p = logits.softmax(-1)
+    lse = logits.amax(-1) - p.amax(-1).log()  # at the largest logit z: p = exp(z - lse)
+    if key_lengths is None:
+        return p, lse
+    empty = (key_lengths <= 0)[:, None, None].expand_as(lse)
+    return p.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
 
 
 def attention(
@@ -60,7 +64,7 @@ def attention_backward(
     grad_p = grad_out @ value.to(wide).transpose(-2, -1)
     if grad_scores is not None:
         grad_p[:, :, 0, num_prefix_tokens:] += grad_scores.to(wide)[:, None] / query.shape[1]
-    grad_logits = p * (grad_p - (p * grad_p).sum(-1, keepdim=True))
+    grad_logits = torch._softmax_backward_data(grad_p, p, -1, wide)
     grad_query = scale * grad_logits @ key.to(wide)
     grad_key = scale * grad_logits.transpose(-2, -1) @ query.to(wide)
     grad_value = p.transpose(-2, -1) @ grad_out

@@ -178,6 +178,6 @@ def as_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
         return value.reshape(())
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a tensor of shape () or (1,), got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break the graph of a compiled caller
         raise ValueError(f"{name} must be finite, got {value}")
     return features.new_full((), value, dtype=wide_dtype(features.dtype))

@@ -42,7 +42,8 @@ def check_equal_rows(features: Tensor, group: Any) -> None:
     them reads and raises.
     """
     rows = features.shape[0]
-    bounds = torch.tensor([rows, -rows], device=features.device)
+    bounds = features.new_full((2,), rows, dtype=torch.int64)  # filled there: a copy would wait for the device
+    bounds[1].neg_()
     dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
     if features.device.type == "cpu" or _verified_rows.get(group) != rows:
         most, least = bounds.tolist()

@@ -1,8 +1,7 @@
 """What the contrastive ops mean, in plain PyTorch, a tile of the n x N logits at a time.
 
 Log-sum-exps are kept in float64, n + N numbers: at scale 100 a float32 one is off by 4e-6, and the gradient
-multiplies that by the scale. Autocast is off inside: it would round the logits to bfloat16, half a unit each
-at scale 100.
+multiplies that by the scale.
 """
 
 from __future__ import annotations
@@ -35,15 +34,14 @@ def contrastive_statistics(
     column_lse = image.new_full((num_texts,), float("-inf"), dtype=torch.float64)
     positive = image.new_zeros(n, dtype=torch.float64)
     tall, broad = tile_shape(n, num_texts, width, image.dtype, max_workspace_bytes)
-    with torch.autocast(image.device.type, enabled=False):
-        for rows in spans(n, tall):
-            images = image[rows].to(wide)
-            for columns in spans(num_texts, broad):
-                logits = (images @ text[columns].to(wide).T).mul_(logit_scale.to(wide))
-                row_lse[rows] = torch.logaddexp(row_lse[rows], _log_sum_exp(logits, 1))
-                column_lse[columns] = torch.logaddexp(column_lse[columns], _log_sum_exp(logits, 0))
-                diagonal, with_positive = positives(rows, columns, offset)
-                positive[with_positive] = logits.diagonal(diagonal).double()
+    for rows in spans(n, tall):
+        images = image[rows].to(wide)
+        for columns in spans(num_texts, broad):
+            logits = (images @ text[columns].to(wide).T).mul_(logit_scale.to(wide))
+            row_lse[rows] = torch.logaddexp(row_lse[rows], _log_sum_exp(logits, 1))
+            column_lse[columns] = torch.logaddexp(column_lse[columns], _log_sum_exp(logits, 0))
+            diagonal, with_positive = positives(rows, columns, offset)
+            positive[with_positive] = logits.diagonal(diagonal).double()
     return row_lse, column_lse, positive
 
 
@@ -71,22 +69,21 @@ def contrastive_statistics_backward(
     grad_image = image.new_zeros((n, width) if image_grad else (0,), dtype=wide)
     grad_text = text.new_zeros((num_texts, width) if text_grad else (0,), dtype=wide)
     tall, broad = tile_shape(n, num_texts, width, image.dtype, max_workspace_bytes)
-    with torch.autocast(image.device.type, enabled=False):
-        for rows in spans(n, tall):
-            images = image[rows].to(wide)
-            for columns in spans(num_texts, broad):
-                texts = text[columns].to(wide)
-                logits = (images @ texts.T).mul_(scale)
-                grad = _softmax(logits, row_lse[rows, None], grad_row[rows, None].to(wide))
-                grad += _softmax(logits, column_lse[columns], grad_column[columns].to(wide))
-                diagonal, with_positive = positives(rows, columns, offset)
-                grad.diagonal(diagonal).add_(grad_positive[with_positive].to(wide))
-                if image_grad:
-                    grad_image[rows].addmm_(grad, texts)
-                if text_grad:
-                    grad_text[columns].addmm_(grad.T, images)
-            if image_grad:  # sum_ij dS_ij I_i.T_j, before the factor `scale` of the image's gradient
-                grad_scale += (grad_image[rows] * images).sum(1).double().sum()
+    for rows in spans(n, tall):
+        images = image[rows].to(wide)
+        for columns in spans(num_texts, broad):
+            texts = text[columns].to(wide)
+            logits = (images @ texts.T).mul_(scale)
+            grad = _softmax(logits, row_lse[rows, None], grad_row[rows, None].to(wide))
+            grad += _softmax(logits, column_lse[columns], grad_column[columns].to(wide))
+            diagonal, with_positive = positives(rows, columns, offset)
+            grad.diagonal(diagonal).add_(grad_positive[with_positive].to(wide))
+            if image_grad:
+                grad_image[rows].addmm_(grad, texts)
+            if text_grad:
+                grad_text[columns].addmm_(grad.T, images)
+        if image_grad:  # sum_ij dS_ij I_i.T_j, before the factor `scale` of the image's gradient
+            grad_scale += (grad_image[rows] * images).sum(1).double().sum()
     return (
         grad_image.mul_(scale).to(image.dtype),
         grad_text.mul_(scale).to(text.dtype),
@@ -115,25 +112,24 @@ def sigmoid_contrastive(
     grad_image = image.new_zeros((n, width) if image_grad else (0,), dtype=wide)
     grad_text = text.new_zeros((num_texts, width) if text_grad else (0,), dtype=wide)
     tall, broad = tile_shape(n, num_texts, width, image.dtype, max_workspace_bytes)
-    with torch.autocast(image.device.type, enabled=False):
-        for rows in spans(n, tall):
-            images = image[rows].to(wide)
-            for columns in spans(num_texts, broad):
-                texts = text[columns].to(wide)
-                tile = (images @ texts.T).mul_(scale).add_(bias).neg_()  # z_ij * logit_ij
-                diagonal, _ = positives(rows, columns, offset)
-                tile.diagonal(diagonal).neg_()
-                total -= F.logsigmoid(tile).sum(1).double().sum()
-                if not (image_grad or text_grad):
-                    continue
-                tile.neg_().sigmoid_().diagonal(diagonal).neg_()  # the logits' gradient, -z_ij sigmoid(-z_ij logit_ij)
-                if image_grad:
-                    grad_image[rows].addmm_(tile, texts)
-                    grad_bias += tile.sum(1).double().sum()
-                if text_grad:
-                    grad_text[columns].addmm_(tile.T, images)
+    for rows in spans(n, tall):
+        images = image[rows].to(wide)
+        for columns in spans(num_texts, broad):
+            texts = text[columns].to(wide)
+            tile = (images @ texts.T).mul_(scale).add_(bias).neg_()  # z_ij * logit_ij
+            diagonal, _ = positives(rows, columns, offset)
+            tile.diagonal(diagonal).neg_()
+            total -= F.logsigmoid(tile).sum(1).double().sum()
+            if not (image_grad or text_grad):
+                continue
+            tile.neg_().sigmoid_().diagonal(diagonal).neg_()  # the logits' gradient, -z_ij sigmoid(-z_ij logit_ij)
             if image_grad:
-                grad_scale += (grad_image[rows] * images).sum(1).double().sum()
+                grad_image[rows].addmm_(tile, texts)
+                grad_bias += tile.sum(1).double().sum()
+            if text_grad:
+                grad_text[columns].addmm_(tile.T, images)
+        if image_grad:
+            grad_scale += (grad_image[rows] * images).sum(1).double().sum()
     return total, grad_image.mul_(scale), grad_text.mul_(scale), grad_scale, grad_bias
 
 

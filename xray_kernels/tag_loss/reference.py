@@ -1,6 +1,6 @@
 """What the tag loss means, in plain PyTorch, a chunk of the vocabulary at a time; never the (B, V) logits.
 
-Log-sum-exps are float64, B numbers. Autocast is off inside: it would round the logits to bfloat16.
+Log-sum-exps are float64, B numbers.
 """
 
 from __future__ import annotations
@@ -69,13 +69,12 @@ def tag_loss(
     samples, known, weights, tagged = _targets(tags, offsets, tag_weights)
     lse = features.new_full((len(features),), float("-inf"), dtype=torch.float64)
     picked = features.new_full((len(tags),), float("nan"), dtype=torch.float64)
-    with torch.autocast(features.device.type, enabled=False):
-        for chunk, logits in _chunks(features.to(wide_dtype(features.dtype)), weight, bias, max_workspace_bytes):
-            peak = logits.amax(1, keepdim=True)
-            total = (logits - peak).exp_().sum(1)
-            lse = torch.logaddexp(lse, peak.squeeze(1).double() + total.double().log())
-            place, inside = _places(tags, samples, known, chunk)
-            picked = torch.where(inside, logits.flatten()[place].double(), picked)
+    for chunk, logits in _chunks(features.to(wide_dtype(features.dtype)), weight, bias, max_workspace_bytes):
+        peak = logits.amax(1, keepdim=True)
+        total = (logits - peak).exp_().sum(1)
+        lse = torch.logaddexp(lse, peak.squeeze(1).double() + total.double().log())
+        place, inside = _places(tags, samples, known, chunk)
+        picked = torch.where(inside, logits.flatten()[place].double(), picked)
     return (weights * (lse[samples] - picked)).sum() / tagged, lse, picked
 
 
@@ -109,17 +108,16 @@ def tag_loss_backward(
     grad_features = features_wide.new_zeros(features.shape if features_grad else (0,))
     grad_weight = weight.new_empty(weight.shape if weight_grad else (0,))
     grad_bias = weight.new_empty(0 if bias is None else len(bias))
-    with torch.autocast(features.device.type, enabled=False):
-        for chunk, logits in _chunks(features_wide, weight, bias, max_workspace_bytes):
-            dlogits = logits.sub_(high).sub_(low).exp_().mul_(row_weight)
-            place, inside = _places(tags, samples, known, chunk)
-            dlogits.view(-1).index_put_((place,), torch.where(inside, -weights, 0.0).to(wide), accumulate=True)
-            if features_grad:
-                grad_features.addmm_(dlogits, weight[chunk].to(wide))
-            if weight_grad:
-                grad_weight[chunk] = dlogits.T @ features_wide
-            if bias is not None:
-                grad_bias[chunk] = dlogits.sum(0)
+    for chunk, logits in _chunks(features_wide, weight, bias, max_workspace_bytes):
+        dlogits = logits.sub_(high).sub_(low).exp_().mul_(row_weight)
+        place, inside = _places(tags, samples, known, chunk)
+        dlogits.view(-1).index_put_((place,), torch.where(inside, -weights, 0.0).to(wide), accumulate=True)
+        if features_grad:
+            grad_features.addmm_(dlogits, weight[chunk].to(wide))
+        if weight_grad:
+            grad_weight[chunk] = dlogits.T @ features_wide
+        if bias is not None:
+            grad_bias[chunk] = dlogits.sum(0)
     grad_tag_weights = (
         features.new_empty(0) if tag_weights is None else ((lse[samples] - picked) * factor).to(tag_weights.dtype)
     )

@@ -1,0 +1,274 @@
+"""Properties of the contrastive losses on one process: memory, precision, symmetries, bad input.
+
+What holds for every op (tolerance rule, strides, opcheck, compilation) is in test_ops, what holds over several
+processes in test_contrastive_loss_ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from xray.ops import ClipLoss, SigLipLoss, clip_loss, siglip_loss
+from xray_kernels.contrastive_loss.spec import compose_clip, compose_siglip, sample_features
+
+BIAS = -2.0
+CLIP_MODES = [(local, gather) for local in (False, True) for gather in (False, True)]
+
+
+def features(n: int, width: int, dtype: torch.dtype = torch.float64, agreement: float = 1.0) -> tuple[Tensor, Tensor]:
+    like = (dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
+    inputs = sample_features(n, width, like, agreement)
+    return inputs["image_features"], inputs["text_features"]
+
+
+def call(function: Callable[..., Tensor], image: Tensor, text: Tensor, scale: Any, **options: Any) -> Tensor:
+    """Either loss; SigLIP's with a bias of -2."""
+    if function is siglip_loss:
+        return function(image, text, scale, BIAS, **options)
+    return function(image, text, scale, **options)
+
+
+BOTH = pytest.mark.parametrize("function", [clip_loss, siglip_loss], ids=["clip", "siglip"])
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's CPU allocator held inside `run`, beyond those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    results: Any = profiler.profiler
+    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("function", "n", "width", "workspace", "dtype"),
+    [
+        (clip_loss, 16384, 4, 2**24, torch.float32),
+        (clip_loss, 600, 64, 2**17, torch.float32),
+        (clip_loss, 600, 64, 2**17, torch.bfloat16),
+        (siglip_loss, 600, 64, 2**17, torch.float32),
+        (siglip_loss, 600, 64, 2**17, torch.bfloat16),
+    ],
+)
+def test_memory_stays_within_the_workspace(
+    function: Callable[..., Tensor], n: int, width: int, workspace: int, dtype: torch.dtype
+) -> None:
+    """The logits of N = 16,384 would be 1 GiB; gradients and the allowed workspace are all there is."""
+    image, text = (value.requires_grad_() for value in features(n, width, dtype))
+    scale = torch.tensor(10.0, requires_grad=True)
+    peak = peak_bytes(lambda: call(function, image, text, scale, max_workspace_bytes=workspace).backward())
+    gradients = 2 * n * width * (4 + dtype.itemsize)
+    statistics = 12 * n * 8
+    assert peak > gradients / 2, "the measurement must see the gradients at least"
+    assert peak < gradients + statistics + workspace
+
+
+@BOTH
+def test_result_does_not_depend_on_the_workspace(function: Callable[..., Tensor]) -> None:
+    image, text = (value.requires_grad_() for value in features(150, 8))
+    found = []
+    for workspace in (2**14, 2**16, 2**26):
+        loss = call(function, image, text, 30.0, max_workspace_bytes=workspace)
+        found.append((loss, *torch.autograd.grad(loss, (image, text))))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-14)
+
+
+@BOTH
+def test_gradcheck_over_several_tiles(function: Callable[..., Tensor]) -> None:
+    image, text = (value.requires_grad_() for value in features(19, 3))
+    scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {"max_workspace_bytes": 10_000}
+    if function is siglip_loss:
+        assert torch.autograd.gradcheck(lambda *inputs: siglip_loss(*inputs, **options), (image, text, scale, bias))
+    else:
+        assert torch.autograd.gradcheck(lambda *inputs: clip_loss(*inputs, **options), (image, text, scale))
+
+
+@BOTH
+def test_order_of_pairs_does_not_matter(function: Callable[..., Tensor]) -> None:
+    image, text = (value.requires_grad_() for value in features(40, 8))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    loss, moved = call(function, image, text, 10.0), call(function, image[order], text[order], 10.0)
+    torch.testing.assert_close(moved, loss, rtol=1e-12, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(loss, (image, text)), torch.autograd.grad(moved, (image, text)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
+@BOTH
+def test_images_and_texts_may_swap(function: Callable[..., Tensor]) -> None:
+    image, text = features(40, 8)
+    torch.testing.assert_close(call(function, image, text, 10.0), call(function, text, image, 10.0), rtol=1e-12, atol=0)
+
+
+@BOTH
+def test_scale_may_be_a_number_or_a_tensor(function: Callable[..., Tensor]) -> None:
+    """A number, a 0-dimensional tensor and FSDP's (1,): one value, gradients in the shape that was given."""
+    image, text = features(12, 8, torch.float32)
+    by_number = call(function, image, text, 20)
+    assert by_number.dtype == torch.float32
+    assert by_number.shape == ()
+    gradients = []
+    for shape in ((), (1,)):
+        scale = torch.full(shape, 20.0, requires_grad=True)
+        loss = call(function, image, text, scale)
+        assert torch.equal(loss, by_number)
+        gradients.append(torch.autograd.grad(loss, scale)[0])
+        assert gradients[-1].shape == shape
+    assert gradients[0] == gradients[1] != 0
+
+
+@BOTH
+def test_compiles_for_any_batch_size_and_scale(function: Callable[..., Tensor]) -> None:
+    compiled = torch.compile(partial(call, function), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, scale in ((6, 3.0), (9, 4.0)):
+        image, text = (value.requires_grad_() for value in features(n, 8))
+        loss, expected = compiled(image, text, scale), call(function, image, text, scale)
+        torch.testing.assert_close(loss, expected)
+        grads = (torch.autograd.grad(value, (image, text)) for value in (loss, expected))
+        torch.testing.assert_close(*grads)
+
+
+def test_loss_of_one_pair_is_exactly_zero() -> None:
+    image, text = (value.requires_grad_() for value in features(1, 8, torch.float32))
+    loss = clip_loss(image, text, 100.0)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (image, text)))
+
+
+def test_tiny_losses_keep_their_digits() -> None:
+    """At scale 100 with pairs that agree, the loss and its gradient are far below the rounding of a logit."""
+    image, text = (value.requires_grad_() for value in features(8, 16, torch.float32, agreement=100.0))
+    scale = torch.tensor(20.0, requires_grad=True)
+    loss = clip_loss(image, text, scale)
+    exact = [value.detach().double().requires_grad_() for value in (image, text, scale)]
+    truth = compose_clip(*exact)
+    assert 0 < truth < 1e-3
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-3, atol=0)
+    for grad, expected in zip(
+        torch.autograd.grad(loss, (image, text, scale)), torch.autograd.grad(truth, exact), strict=True
+    ):
+        bound = 2e-3 * float(expected.abs().max())
+        torch.testing.assert_close(grad.double(), expected, rtol=0, atol=bound)
+
+
+@BOTH
+def test_autocast_does_not_round_the_logits(function: Callable[..., Tensor]) -> None:
+    image, text = (value.requires_grad_() for value in features(12, 16, torch.float32))
+    plain = call(function, image, text, 100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = call(function, image, text, 100.0)
+        under = torch.autograd.grad(cast, image)[0]
+    assert torch.equal(cast, plain)
+    assert torch.equal(under, torch.autograd.grad(plain, image)[0])
+
+
+@pytest.mark.parametrize(
+    ("function", "trained"),
+    [(function, i) for function, count in ((clip_loss, 3), (siglip_loss, 4)) for i in range(count)],
+)
+def test_only_what_is_trained_gets_a_gradient(function: Callable[..., Tensor], trained: int) -> None:
+    """A frozen tower, or a scale or bias alone, gives the gradient that it has when all are trained."""
+    values = [*features(12, 8), *torch.tensor([5.0, -2.0], dtype=torch.float64)]
+    values = values[: 4 if function is siglip_loss else 3]
+    everything = [value.clone().requires_grad_() for value in values]
+    expected = torch.autograd.grad(function(*everything), everything)[trained]
+    values[trained] = values[trained].clone().requires_grad_()
+    function(*values).backward()
+    torch.testing.assert_close(values[trained].grad, expected, rtol=1e-12, atol=0)
+
+
+@BOTH
+def test_nan_features_give_a_nan_loss(function: Callable[..., Tensor]) -> None:
+    image, text = features(6, 4)
+    image[2, 1] = float("nan")
+    assert call(function, image, text, 5.0).isnan()
+
+
+IMAGE, TEXT = torch.zeros(4, 8), torch.zeros(4, 8)
+BAD_INPUTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "empty batch": ((IMAGE[:0], TEXT[:0], 1.0), {}, ValueError, "image_features must have at least one row"),
+    "no columns": ((IMAGE[:, :0], TEXT[:, :0], 1.0), {}, ValueError, "image_features must have at least one"),
+    "not a tensor": (([1.0], TEXT, 1.0), {}, TypeError, "image_features must be a tensor"),
+    "wrong rank": ((IMAGE[0], TEXT, 1.0), {}, ValueError, r"image_features must have shape \(n, D\)"),
+    "more texts": ((IMAGE, torch.zeros(5, 8), 1.0), {}, ValueError, r"text_features .*\(4, 8\)"),
+    "other width": ((IMAGE, torch.zeros(4, 9), 1.0), {}, ValueError, r"text_features .*\(4, 8\)"),
+    "integers": ((IMAGE.long(), TEXT.long(), 1.0), {}, TypeError, "image_features must be float32"),
+    "mixed dtypes": ((IMAGE, TEXT.half(), 1.0), {}, TypeError, "text_features is torch.float16"),
+    "other device": ((IMAGE, TEXT.to("meta"), 1.0), {}, RuntimeError, "text_features is on meta"),
+    "scale on other device": ((IMAGE, TEXT, torch.ones((), device="meta")), {}, RuntimeError, "logit_scale is"),
+    "two scales": ((IMAGE, TEXT, torch.ones(2)), {}, ValueError, r"logit_scale .* got \(2,\)"),
+    "integer scale": ((IMAGE, TEXT, torch.tensor(3)), {}, TypeError, "logit_scale must be float32"),
+    "text as scale": ((IMAGE, TEXT, "10"), {}, TypeError, "logit_scale must be a number"),
+    "bool as scale": ((IMAGE, TEXT, True), {}, TypeError, "logit_scale must be a number"),
+    "infinite scale": ((IMAGE, TEXT, float("inf")), {}, ValueError, "logit_scale must be finite"),
+    "exchange": ((IMAGE, TEXT, 1.0), {"exchange": "gather"}, ValueError, "exchange must be one of all_gather"),
+    "workspace": ((IMAGE, TEXT, 1.0), {"max_workspace_bytes": 9}, ValueError, "max_workspace_bytes must"),
+    "group": ((IMAGE, TEXT, 1.0), {"group": object()}, RuntimeError, "group was given but torch.distributed"),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_one_sentence(function: Callable[..., Tensor], name: str) -> None:
+    arguments, options, kind, message = BAD_INPUTS[name]
+    with pytest.raises(kind, match=message) as caught:
+        call(function, *arguments, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_smallest_workspace_of_the_message_works() -> None:
+    image, text = features(40, 8, torch.float32)
+    with pytest.raises(ValueError, match="max_workspace_bytes") as caught:
+        clip_loss(image, text, 1.0, max_workspace_bytes=1)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    torch.testing.assert_close(clip_loss(image, text, 1.0, max_workspace_bytes=least), clip_loss(image, text, 1.0))
+
+
+def test_bias_is_checked_like_the_scale() -> None:
+    with pytest.raises(ValueError, match=r"logit_bias must have shape \(\) or \(1,\), got \(3,\)"):
+        siglip_loss(IMAGE, TEXT, 1.0, torch.zeros(3))
+
+
+def test_clip_module_on_one_process() -> None:
+    image, text = features(9, 8)
+    bias = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    expected = compose_clip(image, text, 7.0)
+    for local, gather in CLIP_MODES:
+        module = ClipLoss(local_loss=local, gather_with_grad=gather)
+        loss = module(image, text, 7.0, logit_bias=bias, output_dict=True)["contrastive_loss"]
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(module(image, text, logit_scale=7.0), expected)
+        assert torch.autograd.grad(loss, bias)[0] == 0
+    assert not list(ClipLoss().parameters())
+
+
+def test_siglip_module_on_one_process() -> None:
+    image, text = features(9, 8)
+    expected = compose_siglip(image, text, 7.0, -3.0)
+    torch.testing.assert_close(SigLipLoss()(image, text, 7.0, -3.0), expected)
+    found = SigLipLoss(dist_impl="gather")(image, text, 7.0, logit_bias=None, output_dict=True)
+    torch.testing.assert_close(found["contrastive_loss"], compose_siglip(image, text, 7.0, 0.0))
+
+
+def test_modules_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="use_horovod must be False"):
+        ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="dist_impl must be one of bidir, shift, reduce, gather or None"):
+        SigLipLoss(dist_impl="tree")
+    for module, arguments in ((ClipLoss(world_size=2), (1.0,)), (SigLipLoss(world_size=2), (1.0, 0.0))):
+        with pytest.raises(RuntimeError, match="world_size is 2 but"):
+            module(IMAGE, TEXT, *arguments)
