@@ -1,0 +1,244 @@
+"""Timing for benchmarks: peers side by side on the same inputs, parity first, the roofline measured in the same run.
+
+A round runs every peer once, in turn (ABAB...), and between them a `copy_` that moves as many bytes as the op must, so
+that whatever else the machine does hits all alike. pytest-benchmark does the timing: its rounds are our turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import itertools
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from bench.results import GREEN, Comparison, Timing
+from xray_kernels import _library, testing
+from xray_kernels.testing import Inputs, OpSpec
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DIRECTIONS = ("forward", "forward+backward")
+SECONDS = 4.0
+"""What one comparison may take; it gets as many rounds as fit, within ROUNDS."""
+ROUNDS = (7, 40)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to compute an op, called with the keyword arguments of its spec's public function."""
+
+    name: str
+    function: Callable[..., Any]
+    needs: str = ""
+    slow: bool = False
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    ours: bool = False
+    default: bool = False
+
+    def absent(self, full: bool) -> str:
+        """Why this peer can not run here, or "" when it can."""
+        if self.needs and importlib.util.find_spec(self.needs) is None and shutil.which(self.needs) is None:
+            return f"{self.needs} is not installed"
+        return "it takes long: only with --benchmark" if self.slow and not full else ""
+
+
+def peer(name: str, *, needs: str = "", slow: bool = False) -> Callable[[Callable[..., Any]], Peer]:
+    """Declare a peer: decorate a function that takes and returns what the public function does.
+
+    Args:
+        name: what tables call it.
+        needs: a Python package or a program without which the peer is skipped, by its name.
+        slow: leave it out of the smoke test.
+    """
+    return lambda function: Peer(name, function, needs=needs, slow=slow)
+
+
+def ours(spec: OpSpec) -> tuple[Peer, ...]:
+    """The implementations of this project that an op has on this machine, one for each instruction set."""
+    family = spec.function.__module__
+    ops = [spec.name] if spec.name in _library.REFERENCES else list(_library.REFERENCES)
+    own = {
+        _library.implementation(op, DEVICE.type)
+        for op in ops
+        if _library.REFERENCES[op].__module__.startswith(f"{family}.")
+    }
+    if DEVICE.type == "cuda":  # implementations can not be forced there, so only what runs by default is timed
+        return (Peer(f"xray {max(own)}", spec.function, ours=True, default=True),)
+    names = testing.implementations("cpu") if own != {"reference"} else ["reference"]
+    return tuple(
+        Peer(
+            f"xray {name}",
+            spec.function,
+            context=functools.partial(testing.use_implementation, name),
+            ours=True,
+            default=name == names[-1],
+        )
+        for name in names
+    )
+
+
+class Bench:
+    """What a benchmark is given: `compare` checks and times peers; without `full` it checks and runs each once."""
+
+    def __init__(self, benchmark: BenchmarkFixture, full: bool, comparisons: list[Comparison]) -> None:
+        self.full = full
+        self._benchmark = benchmark
+        self._comparisons = comparisons
+
+    def compare(self, spec: OpSpec, inputs: Inputs, peers: tuple[Peer, ...], case: str, direction: str) -> None:
+        """Compare `peers` (the first is the baseline) with each other and record the result.
+
+        Parity comes before timing, by the tolerance rule of `xray_kernels.testing`: the error against the float64
+        composition is at most twice that of the plain composition in the inputs' dtype, plus 1e-5. A peer outside it is
+        not timed, and fails the benchmark once the result is recorded.
+        """
+        backward = direction == DIRECTIONS[1]
+        torch.compiler.reset()
+        skipped = {p.name: why for p in peers if (why := p.absent(self.full))}
+        present = [p for p in peers if p.name not in skipped]
+        oracle = results(spec.composition, testing.convert(inputs, torch.float64), backward)
+        yardstick = results(spec.composition, inputs, backward)
+        verdicts = {p.name: self._parity(p, inputs, backward, yardstick, oracle) for p in present}
+        del oracle, yardstick
+
+        green = [p for p in present if verdicts[p.name] == GREEN]
+        traffic, flops = (pair[0] + backward * pair[1] for pair in (spec.traffic(inputs), spec.flops(inputs)))
+        turns = [(p.context, call(p.function, inputs, backward)) for p in green]
+        dtype = next(v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
+        if self.full:
+            turns.append((contextlib.nullcontext, copy_of(traffic)))
+            *samples, copy_samples = self._time(turns)
+            taken = {p.name: numbers for p, numbers in zip(green, samples, strict=True)}
+            timings = [Timing(p.name, verdicts[p.name], taken.get(p.name, []), p.ours, p.default) for p in present]
+            self._comparisons.append(
+                Comparison(
+                    function=spec.name,
+                    case=case,
+                    dtype=str(dtype).removeprefix("torch."),
+                    direction=direction,
+                    bytes=traffic,
+                    flops=flops,
+                    copy_samples=copy_samples,
+                    matmul_flops_per_s=max(matmul_flops_per_s(dtype), matmul_flops_per_s(torch.float32)),
+                    peers=timings,
+                    skipped=skipped,
+                )
+            )
+        else:
+            self._benchmark.disabled = True
+            self._benchmark.pedantic(run_turns, args=(turns,))
+        red = [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict != GREEN]
+        assert not red, "; ".join(red)
+
+    @staticmethod
+    def _parity(
+        peer: Peer, inputs: Inputs, backward: bool, yardstick: dict[str, Tensor], oracle: dict[str, Tensor]
+    ) -> str:
+        with peer.context():
+            actual = results(peer.function, inputs, backward)
+        try:
+            testing.assert_within_rule(actual, yardstick, oracle, what="parity red,")
+        except AssertionError as error:
+            return str(error).splitlines()[0]
+        return GREEN
+
+    def _time(self, turns: list[tuple[Any, Callable[[], None]]]) -> list[list[float]]:
+        """Seconds of every turn, rounds of all turns in order; contexts are entered outside the timed part."""
+        start = time.perf_counter()
+        run_turns(turns)
+        fit = int(SECONDS / (time.perf_counter() - start))
+        rounds = min(max(fit, ROUNDS[0]), ROUNDS[1])
+        following, entered = itertools.cycle(turns), contextlib.ExitStack()
+
+        def setup() -> tuple[tuple[Callable[[], None]], dict[str, Any]]:
+            context, function = next(following)
+            entered.enter_context(context())
+            return (function,), {}
+
+        self._benchmark.pedantic(
+            lambda function: function(),
+            setup=setup,
+            teardown=lambda function: entered.close(),
+            rounds=rounds * len(turns),
+            warmup_rounds=len(turns),
+        )
+        seconds = [round(sample, 7) for sample in self._benchmark.stats.stats.data]
+        return [seconds[i :: len(turns)] for i in range(len(turns))]
+
+
+def run_turns(turns: list[tuple[Any, Callable[[], None]]]) -> None:
+    """One round, untimed: every function inside its context."""
+    for context, function in turns:
+        with context():
+            function()
+
+
+def results(function: Callable[..., Any], inputs: Inputs, backward: bool) -> dict[str, Tensor]:
+    """Outputs of `function` by name, with `backward` also the gradients of its floating inputs."""
+    if backward:
+        outputs, grads = testing.run(function, inputs)
+        return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
+    with torch.no_grad():
+        result = function(**inputs)
+    return {f"out{i}": out for i, out in enumerate(result if isinstance(result, tuple) else (result,))}
+
+
+def call(function: Callable[..., Any], inputs: Inputs, backward: bool) -> Callable[[], None]:
+    """What is timed: the function without gradients, or with them and the gradients of all floating inputs."""
+    synchronize = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(**inputs)
+        synchronize()
+
+    if not backward:
+        return forward
+    leaves = {
+        k: v.detach().requires_grad_() for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()
+    }
+    arguments = {**inputs, **leaves}
+    ones: list[Tensor] = []
+
+    def forward_backward() -> None:
+        result = function(**arguments)
+        outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
+        if not ones:
+            ones.extend(torch.ones_like(out) for out in outputs)
+        torch.autograd.grad(outputs, list(leaves.values()), ones, allow_unused=True)
+        synchronize()
+
+    return forward_backward
+
+
+def copy_of(traffic: int) -> Callable[[], None]:
+    """`copy_` between two tensors of half of `traffic` bytes each: it reads one half and writes the other."""
+    source = torch.ones(max(1, traffic // 8), device=DEVICE)
+    return call(torch.empty_like(source).copy_, {"other": source}, backward=False)
+
+
+@functools.cache
+def matmul_flops_per_s(dtype: torch.dtype) -> float:
+    """The best of a few square matrix products on this device, in FLOP/s; a small one where it is slow."""
+
+    def best(n: int) -> float:
+        a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+        product = call(torch.matmul, {"input": a, "other": a}, backward=False)
+        product()
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            product()
+            seconds.append(time.perf_counter() - start)
+        return 2 * n**3 / min(seconds)
+
+    small = best(256)
+    return best(1024) if small > 1e10 else small

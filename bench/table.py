@@ -1,0 +1,113 @@
+"""Tables of results: in the terminal after a run, and in the README, which `python -m bench.table` updates."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bench.results import RESULTS, ROOT, Comparison, read, row
+
+README = ROOT / "README.md"
+BEGIN = "<!-- results: written by `python -m bench.table` -->"
+END = "<!-- end of results -->"
+
+
+def terminal(comparisons: list[Comparison]) -> str:
+    """One table: a heading for each comparison, then a line for each peer. `*` marks what runs by default."""
+    width = max([14, *(len(peer.name) + 2 for c in comparisons for peer in c.peers)])
+    lines = [f"{'':{width}}  {'median':>10}  {'quartiles':>17}  {'ratio':>7}  {'GB/s':>6}  {'roofline':>8}"]
+    for c in comparisons:
+        lines += ["", f"{c.function}, {c.case}, {c.dtype}, {c.direction}; {speeds(c)}"]
+        for timing in c.peers:
+            name, r = f"{timing.name}{' *' if timing.default else ''}", row(c, timing)
+            if r is None:
+                lines.append(f"{name:{width}}  not timed: {timing.parity}")
+                continue
+            spread = f"{r.low * 1e3:.2f} - {r.high * 1e3:.2f}"
+            ratio = "" if r.ratio is None else f"{r.ratio:.2f}x"
+            numbers = f"{r.median * 1e3:7.2f} ms  {spread:>17}  {ratio:>7}  {r.gb_per_s:6.2f}  {r.roofline:8.0%}"
+            lines.append(f"{name:{width}}  {numbers}")
+        lines += [f"{name:{width}}  skipped: {why}" for name, why in c.skipped.items()]
+    lines += [
+        "",
+        "ratio: median of the first line over this one; roofline: share of the faster of copy and matmul limits",
+    ]
+    return "\n".join(lines)
+
+
+def speeds(c: Comparison) -> str:
+    """The two speeds that make the roofline of a comparison."""
+    copied = sorted(c.copy_samples)[len(c.copy_samples) // 2]
+    return f"copy {c.bytes / copied / 1e9:.1f} GB/s, matmul {c.matmul_flops_per_s / 1e9:.0f} GFLOP/s"
+
+
+def markdown(folder: Path) -> str:
+    """All result files below `folder` as one table a device: the baseline, and what this project runs by default."""
+    parts: list[str] = []
+    files = sorted(folder.glob("*/*.json"))
+    for device in sorted({file.parent for file in files}):
+        found = [read(file) for file in files if file.parent == device]
+        facts = found[0][0]
+        parts += [
+            f"**{facts['device_name']}**, {facts['threads']} threads, torch {facts['torch']}, measured {facts['date']}"
+            f" ([raw samples](bench/results/{facts['device']})):",
+            "",
+            "| function | input | direction | baseline | torch.compile | xray | ratio | GB/s | roofline |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(markdown_row(c) for _, comparisons in found for c in comparisons),
+            "",
+        ]
+    return "\n".join(parts).rstrip() if parts else "Nothing is measured yet: `make bench` measures."
+
+
+def markdown_row(c: Comparison) -> str:
+    """One comparison: medians and quartiles in ms, and the ratio of the baseline's median to ours."""
+    cells = [f"`{c.function}`", f"{c.case}, {c.dtype}", c.direction]
+    baseline = c.peers[0]
+    compiled = next((peer for peer in c.peers if peer.name == "torch.compile"), None)
+    default = next((peer for peer in c.peers if peer.default), None)
+    for timing, named in ((baseline, True), (compiled, False), (default, True)):
+        r = None if timing is None else row(c, timing)
+        if timing is None or r is None:
+            cells.append("-" if timing is None else "parity red")
+        else:
+            name = f"{timing.name.removeprefix('xray ')} " if named else ""
+            cells.append(f"{name}{r.median * 1e3:.1f} ({r.low * 1e3:.1f}-{r.high * 1e3:.1f}) ms")
+    r = None if default is None else row(c, default)
+    if r is None:
+        cells += ["-", "-", "-"]
+    else:
+        cells += ["-" if r.ratio is None else f"{r.ratio:.2f}x", f"{r.gb_per_s:.1f}", f"{r.roofline:.0%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def update(readme: Path, folder: Path) -> bool:
+    """Put the tables of `folder` between the markers of `readme`; whether that changed it.
+
+    Raises:
+        ValueError: the file does not hold both markers once, in order.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme} must hold the lines {BEGIN} and {END} once each, in this order")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    new = f"{before}{BEGIN}\n\n{markdown(folder)}\n\n{END}{after}"
+    if new != text:
+        readme.write_text(new, encoding="utf-8")
+    return new != text
+
+
+def main() -> int:
+    """Bring the README up to date; a mistake is one line."""
+    try:
+        changed = update(README, RESULTS)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{README.name}: {'new tables' if changed else 'up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,39 @@
+"""Training: recipes, three tasks (masked autoencoding, tags, CLIP), one loop for one process and for
+torchrun.
+
+Importing this package is cheap: torch is imported when a run starts.
+"""
+
+from pathlib import Path
+
+from xray.train.errors import Stopped, TrainError
+from xray.train.overrides import find_recipe, parse_overrides, recipe_for, validate
+from xray.train.recipes import RECIPES, Recipe
+
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "Stopped",
+    "TrainError",
+    "find_recipe",
+    "parse_overrides",
+    "recipe_for",
+    "run",
+    "validate",
+]
+
+
+def run(recipe: Recipe) -> Path:
+    """Train what `recipe` describes and return its folder.
+
+    The folder holds `recipe.json`, `metrics.jsonl` (a line a step), `tensorboard/`, `checkpoints/step-N/`
+    and, at the end, `model.safetensors`. Under `torchrun` every rank calls this, and the global batch is
+    split between them.
+
+    Raises:
+        TrainError: a value, a folder or a checkpoint cannot be used; one sentence says why.
+        Stopped: SIGINT or SIGTERM came; the state is saved and the message says how to go on.
+    """
+    from xray.train import loop
+
+    return loop.run(recipe)

@@ -1,0 +1,372 @@
+"""What a training run is: the frozen `Recipe`, and the recipes that come with the package.
+
+A recipe is a plain function that returns a `Recipe`; a variant calls another and replaces what differs.
+Nothing here imports torch, so listing recipes is instant.
+
+The paper (Xray-Visual, arXiv 2602.16918) publishes the three stages and their order, not their values:
+every size, rate, batch and length below is this project's choice, taken from common practice for MAE,
+hashtag training and CLIP.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run. Keys are flat, so `xray train NAME key=value` can set each of them.
+
+    What is learned
+        name: the recipe's name; it also names the default folder, `runs/NAME`.
+        task: "mae" (masked autoencoding of images), "tags" (multi-tag classification) or "clip" (image-text
+        contrast).
+        model: a size of `xray.models.SIZES`.
+        image_size: side of the square input, pixels.
+        num_frames: frames taken from a clip; an image counts as a clip of one frame.
+    Data
+        data: "generated" (coloured shapes, made on the spot), or folders written by `xray data pack`,
+        comma-separated.
+        data_size: number of samples of the generated set.
+        clip_fraction: share of steps whose batch holds clips instead of images, 0 to 1; mae uses images only.
+        num_workers: processes that decode; 0 decodes in the training process. Results do not depend on it.
+    Optimisation
+        steps: optimizer steps in all, also when resuming.
+        batch_size: samples a step over all processes together.
+        learning_rate: the peak, reached after `warmup_steps`, then a cosine down to zero.
+        weight_decay: AdamW's; not applied to norms, biases, embeddings and scales.
+        betas: AdamW's two decay rates.
+        warmup_steps: steps of linear warm-up.
+        grad_clip: gradients are scaled down to this global L2 norm; 0 turns clipping off.
+        max_bad_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
+    Token pruning (EViT; off for mae)
+        keep_rate: share of tokens each pruning layer keeps; 1 turns pruning off.
+        keep_rate_warmup: steps over which the rate falls from 1 to `keep_rate` along a cosine.
+        keep_rate_buckets: number of values it takes on the way, few so that compiled graphs are reused.
+    Masked autoencoding
+        mask_ratio, decoder_width, decoder_depth, decoder_heads.
+    Tags
+        min_tag_count: tags rarer than this in the training split are left out of the vocabulary.
+    CLIP
+        embed_dim: width of the shared space.
+        text_width, text_depth, text_heads: the text transformer.
+        context_length: tokens a caption is cut to.
+        vocab_size: the tokenizer's, trained on the training captions unless `init` brings one.
+        caption_tags: up to this many of a sample's tags are added to its caption; 0 leaves captions alone.
+        short_texts: share of texts that are one tag instead of the caption, so that single words, such as the
+            class names of zero-shot classification, are not strange to the text encoder.
+    Running
+        seed: of weights, data order, augmentation and masks.
+        precision: "float32", "bfloat16" (float32 parameters and reductions, bfloat16 compute) or "auto"
+        (bfloat16 on a
+            GPU that has it, else float32).
+        compile: torch.compile each transformer block.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its
+        activations.
+    Files
+        out: folder of the run; empty means `runs/NAME`.
+        init: weights to start from: a `.safetensors` file or the folder of an earlier run.
+        resume: "latest", or a checkpoint folder, to go on with an interrupted run.
+        overwrite: replace an earlier run in `out`.
+        checkpoint_every: steps between checkpoints; 0 saves none but on Ctrl-C.
+        keep_checkpoints: older ones are deleted.
+        log_every: steps between points on TensorBoard; metrics.jsonl always has every step.
+        tensorboard: write TensorBoard files, if the package is installed.
+        progress: show a progress bar.
+    """
+
+    name: str
+    task: str
+    model: str
+    image_size: int
+    num_frames: int = 4
+
+    data: str = "generated"
+    data_size: int = 600
+    clip_fraction: float = 0.0
+    num_workers: int = 0
+
+    steps: int = 100
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 10
+    grad_clip: float = 1.0
+    max_bad_steps: int = 10
+
+    keep_rate: float = 1.0
+    keep_rate_warmup: int = 0
+    keep_rate_buckets: int = 4
+
+    mask_ratio: float = 0.75
+    decoder_width: int = 32
+    decoder_depth: int = 1
+    decoder_heads: int = 2
+
+    min_tag_count: int = 1
+
+    embed_dim: int = 32
+    text_width: int = 32
+    text_depth: int = 2
+    text_heads: int = 2
+    context_length: int = 24
+    vocab_size: int = 512
+    caption_tags: int = 0
+    short_texts: float = 0.0
+
+    seed: int = 0
+    precision: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+    out: str = ""
+    init: str = ""
+    resume: str = ""
+    overwrite: bool = False
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    tensorboard: bool = True
+    progress: bool = True
+
+
+def mae_tiny() -> Recipe:
+    """Masked autoencoding of the generated shapes, for tests and first tries."""
+    return Recipe(
+        name="mae_tiny",
+        task="mae",
+        model="tiny",
+        image_size=32,
+        learning_rate=4e-3,
+        weight_decay=0.0,
+        checkpoint_every=25,
+    )
+
+
+def tags_tiny() -> Recipe:
+    """Tags of the generated shapes, half of the steps on clips."""
+    return replace(
+        mae_tiny(),
+        name="tags_tiny",
+        task="tags",
+        clip_fraction=0.5,
+        keep_rate=0.7,
+        keep_rate_warmup=50,
+        learning_rate=5e-3,
+    )
+
+
+def clip_tiny() -> Recipe:
+    """Captions of the generated shapes."""
+    return replace(
+        tags_tiny(), name="clip_tiny", task="clip", clip_fraction=0.25, learning_rate=2e-3, betas=(0.9, 0.98)
+    )
+
+
+def demo_mae() -> Recipe:
+    """Stage 1 of `xray demo`: sized for two CPU cores and a few thousand small images."""
+    return Recipe(
+        name="demo_mae",
+        task="mae",
+        model="demo",
+        image_size=64,
+        steps=400,
+        batch_size=64,
+        learning_rate=1.5e-3,
+        warmup_steps=40,
+        decoder_width=64,
+        decoder_depth=1,
+        decoder_heads=4,
+        checkpoint_every=100,
+    )
+
+
+def demo_tags() -> Recipe:
+    """Stage 2 of `xray demo`: clips and images."""
+    return replace(
+        demo_mae(),
+        name="demo_tags",
+        task="tags",
+        clip_fraction=0.5,
+        steps=200,
+        batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=20,
+        keep_rate=0.7,
+        keep_rate_warmup=80,
+        min_tag_count=10,
+    )
+
+
+def demo_clip() -> Recipe:
+    """Stage 3 of `xray demo`: images and their captions."""
+    return replace(
+        demo_tags(),
+        name="demo_clip",
+        task="clip",
+        clip_fraction=0.0,
+        steps=300,
+        batch_size=96,
+        learning_rate=1.5e-3,
+        warmup_steps=30,
+        keep_rate_warmup=0,
+        betas=(0.9, 0.98),
+        weight_decay=0.1,
+        embed_dim=128,
+        text_width=128,
+        text_depth=3,
+        text_heads=4,
+        context_length=32,
+        vocab_size=4096,
+    )
+
+
+def mae_s16() -> Recipe:
+    """Stage 1 at ViT-S/16: about 1.0 B images seen."""
+    return Recipe(
+        name="mae_s16",
+        task="mae",
+        model="s16",
+        image_size=224,
+        num_frames=8,
+        data="",
+        num_workers=8,
+        steps=250_000,
+        batch_size=4096,
+        learning_rate=2.4e-3,
+        warmup_steps=12_500,
+        decoder_width=512,
+        decoder_depth=8,
+        decoder_heads=16,
+        compile=True,
+        checkpoint_every=2_500,
+        log_every=50,
+    )
+
+
+def mae_b16() -> Recipe:
+    """Stage 1 at ViT-B/16."""
+    return replace(mae_s16(), name="mae_b16", model="b16")
+
+
+def mae_l14() -> Recipe:
+    """Stage 1 at ViT-L/14."""
+    return replace(mae_b16(), name="mae_l14", model="l14", activation_checkpointing=True)
+
+
+def mae_2b() -> Recipe:
+    """Stage 1 at 2 B parameters; the lower rate keeps the wide model stable."""
+    return replace(mae_l14(), name="mae_2b", model="2b", learning_rate=1.2e-3, checkpoint_every=1_000)
+
+
+def tags_s16() -> Recipe:
+    """Stage 2 at ViT-S/16: chiefly clips, EViT switched on over the first fifth."""
+    return replace(
+        mae_s16(),
+        name="tags_s16",
+        task="tags",
+        clip_fraction=0.8,
+        steps=200_000,
+        batch_size=2048,
+        learning_rate=1e-3,
+        warmup_steps=10_000,
+        keep_rate=0.7,
+        keep_rate_warmup=40_000,
+        min_tag_count=100,
+    )
+
+
+def tags_b16() -> Recipe:
+    """Stage 2 at ViT-B/16."""
+    return replace(tags_s16(), name="tags_b16", model="b16")
+
+
+def tags_l14() -> Recipe:
+    """Stage 2 at ViT-L/14."""
+    return replace(tags_b16(), name="tags_l14", model="l14", learning_rate=5e-4, activation_checkpointing=True)
+
+
+def tags_2b() -> Recipe:
+    """Stage 2 at 2 B parameters."""
+    return replace(tags_l14(), name="tags_2b", model="2b", learning_rate=2e-4, checkpoint_every=1_000)
+
+
+def clip_s16() -> Recipe:
+    """Stage 3 at ViT-S/16: about 3.3 B pairs seen; EViT is on from the start, stage 2 has warmed it up."""
+    return replace(
+        tags_s16(),
+        name="clip_s16",
+        task="clip",
+        clip_fraction=0.2,
+        batch_size=16_384,
+        betas=(0.9, 0.98),
+        weight_decay=0.2,
+        keep_rate_warmup=0,
+        embed_dim=384,
+        text_width=384,
+        text_depth=12,
+        text_heads=6,
+        context_length=77,
+        vocab_size=49_152,
+    )
+
+
+def clip_b16() -> Recipe:
+    """Stage 3 at ViT-B/16."""
+    return replace(clip_s16(), name="clip_b16", model="b16", embed_dim=512, text_width=512, text_heads=8)
+
+
+def clip_l14() -> Recipe:
+    """Stage 3 at ViT-L/14: about 6.6 B pairs seen."""
+    return replace(
+        clip_b16(),
+        name="clip_l14",
+        model="l14",
+        batch_size=32_768,
+        learning_rate=5e-4,
+        embed_dim=768,
+        text_width=768,
+        text_heads=12,
+        activation_checkpointing=True,
+    )
+
+
+def clip_2b() -> Recipe:
+    """Stage 3 at 2 B parameters."""
+    return replace(
+        clip_l14(),
+        name="clip_2b",
+        model="2b",
+        learning_rate=2e-4,
+        embed_dim=1280,
+        text_width=1280,
+        text_depth=24,
+        text_heads=20,
+        checkpoint_every=1_000,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    function.__name__: function
+    for function in (
+        mae_tiny,
+        tags_tiny,
+        clip_tiny,
+        demo_mae,
+        demo_tags,
+        demo_clip,
+        mae_s16,
+        tags_s16,
+        clip_s16,
+        mae_b16,
+        tags_b16,
+        clip_b16,
+        mae_l14,
+        tags_l14,
+        clip_l14,
+        mae_2b,
+        tags_2b,
+        clip_2b,
+    )
+}
+"""Name -> the function that returns the recipe."""
