@@ -205,10 +205,10 @@ def demo_clip() -> Recipe:
         name="demo_clip",
         task="clip",
         clip_fraction=0.0,
-        steps=300,
+        steps=400,
         batch_size=96,
         learning_rate=1.5e-3,
-        warmup_steps=30,
+        warmup_steps=40,
         keep_rate_warmup=0,
         betas=(0.9, 0.98),
         weight_decay=0.1,
@@ -218,6 +218,7 @@ def demo_clip() -> Recipe:
         text_heads=4,
         context_length=32,
         vocab_size=4096,
+        short_texts=0.25,
     )
 
 
