@@ -146,7 +146,7 @@ def record(op: str, device: torch.device, comparisons: list[Comparison]) -> dict
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "parity": GREEN if all(p.parity == GREEN for c in comparisons for p in c.peers) else "red",
         "comparisons": [asdict(comparison) for comparison in comparisons],
     }

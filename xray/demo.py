@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -293,7 +293,7 @@ def _finish(out: Path, folder: Path, stages: Mapping[str, Stage], seed: int, com
         "hardware": facts.hardware(),
         "versions": facts.versions(),
         "seed": seed,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
     metrics["ablation"][ABLATION].update(stages[ABLATION].summary())
