@@ -11,7 +11,7 @@ from xray.data.shards import INDEX, read_facts
 from xray.data.sources import fetch
 
 SETS = ("openclipart", "fluent-emoji-anim")  # images and clips
-GENERATED_FOR_ONE = 3_000  # generated samples in place of one missing set
+GENERATED_FOR_ONE = 5_000  # generated samples in place of one missing set
 VERSION = "1"  # another number packs the demo's data anew
 
 
