@@ -109,6 +109,11 @@ def test_unknown_choice_is_named() -> None:
     assert "XRAY_KERNELS is 'fast'; it must be one of auto, reference, cpu, triton, cuda" in done.stderr
 
 
+def test_triton_is_refused_while_there_is_none() -> None:
+    done = python("import xray_kernels", XRAY_KERNELS="triton")
+    assert "XRAY_KERNELS=triton needs Triton kernels, and this version has none" in done.stderr
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
 def test_cuda_on_a_cpu_build_is_refused_by_name() -> None:
     done = python("import xray_kernels", XRAY_KERNELS="cuda")

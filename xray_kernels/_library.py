@@ -89,6 +89,8 @@ def compiled_file(name: str) -> Path | None:
 def load_compiled() -> None:
     """Load the op libraries that were built and are wanted; record what is in use and what is not, and why."""
     asked = choice()
+    if asked == "triton":
+        raise RuntimeError("XRAY_KERNELS=triton needs Triton kernels, and this version has none; use auto or cuda")
     _load("_cpu", wanted=asked in ("auto", "cpu"), required=asked == "cpu")
     if torch.version.cuda is None:
         FAILED["_cuda"] = "this PyTorch is built without CUDA"
