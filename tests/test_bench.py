@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,9 @@ def comparison(**changes: Any) -> Comparison:
         bytes=1_000_000,
         flops=1000,
         copy_samples=[0.001, 0.001, 0.001],
-        matmul_flops_per_s=1e9,
+        matmul_samples=[0.002, 0.002, 0.002],
+        matmul_flops=2_000_000,
+        others=0.0,
         peers=[
             Timing("plain", GREEN, [0.004, 0.004, 0.005]),
             Timing("xray reference", GREEN, [0.001, 0.002, 0.003], ours=True, default=True),
@@ -101,7 +104,7 @@ def bench_of(found: list[Comparison], full: bool = True) -> harness.Bench:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "ROUNDS", (3, 3))
-    monkeypatch.setattr(harness, "matmul_flops_per_s", lambda dtype: 1e9)
+    monkeypatch.setattr(harness, "MATMUL_SIZE", 8)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -160,10 +163,12 @@ def test_peers_take_turns() -> None:
     found: list[Comparison] = []
     bench_of(found).compare(SPEC, inputs(), (logged("a"), logged("b")), "5 x 7", "forward")
     assert order == ["a", "b"] * (len(order) // 2)
-    # parity, the round that sets their number, the warm-up, three rounds; copy_ has the third turn of each
+    # parity, the round that sets their number, the warm-up, three rounds; after a and b come copy_ and matmul
     assert len(order) == 2 * (1 + 1 + 1 + 3)
-    assert [peer.samples for peer in found[0].peers] == [[3, 6, 9], [4, 7, 10]]
-    assert found[0].copy_samples == [5, 8, 11]
+    assert [peer.samples for peer in found[0].peers] == [[4, 8, 12], [5, 9, 13]]
+    assert found[0].copy_samples == [6, 10, 14]
+    assert found[0].matmul_samples == [7, 11, 15]
+    assert found[0].matmul_flops == 2 * 8**3
     assert found[0].bytes == 2 * 5 * 7 * 4
 
 
@@ -232,7 +237,7 @@ def test_numbers_of_a_row() -> None:
 
 def test_table_of_the_terminal() -> None:
     lines = table.terminal([comparison()]).splitlines()
-    assert "double, 1000 x 125, float32, forward; copy 1.0 GB/s, matmul 1 GFLOP/s" in lines
+    assert "double, 1000 x 125, float32, forward; copy 1.0 GB/s, matmul 1 GFLOP/s, others 0.0 cores" in lines
     row = next(line for line in lines if line.startswith("xray reference *"))
     assert row.split() == ["xray", "reference", "*", "2.00", "ms", "1.50", "-", "2.50", "2.00x", "0.50", "50%"]
     assert any(line.split() == ["cleverlib", "skipped:", "cleverlib", "is", "not", "installed"] for line in lines)
@@ -307,6 +312,20 @@ def test_device_folders(monkeypatch: pytest.MonkeyPatch, name: str, slug: str) -
     assert results.device_slug(CPU) == f"{slug}-{torch.get_num_threads()}-threads"
 
 
+def test_work_of_other_processes_is_seen() -> None:
+    """All processes took 9 s in 4 s of clock, 5 s of them our own: others had one core."""
+    assert results.cores_of_others((10.0, 100.0, 1.0), (14.0, 109.0, 6.0)) == 1.0
+    assert results.cores_of_others(None, None) is None
+    first = results.processor_seconds()
+    if first is not None:
+        time.sleep(0.05)
+        second = results.processor_seconds()
+        assert second is not None
+        assert second[0] > first[0]
+        assert second[1] >= first[1]
+        assert second[2] >= first[2]
+
+
 def test_readme_is_brought_up_to_date_once(tmp_path: Path) -> None:
     folder, readme = tmp_path / "results", tmp_path / "README.md"
     readme.write_text(f"# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
@@ -345,6 +364,9 @@ def test_committed_results_are_whole_and_the_readme_shows_them(tmp_path: Path) -
         assert (ROOT / "bench" / f"bench_{file.stem}.py").exists()
         for c in found:
             for peer in c.peers:
+                shown = results.row(c, peer)
+                # more than the limits measured beside it means that the measurement was disturbed
+                assert shown is None or shown.roofline < 1.15, f"{file}: {c.function}, {c.case}, {peer.name}"
                 assert (len(peer.samples) == len(c.copy_samples)) == (peer.parity == GREEN), f"{file}: {c.case}"
         assert "/" not in json.dumps({key: value for key, value in facts.items() if key != "device_name"})
     readme = tmp_path / "README.md"

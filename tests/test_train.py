@@ -5,19 +5,18 @@ import json
 import math
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from limits import small_files
 from safetensors.torch import load_file
 
 from xray import data, models, train
@@ -77,17 +76,6 @@ def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "the run did not get that far"
         time.sleep(0.01)
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """No file can grow beyond `limit` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The three stages

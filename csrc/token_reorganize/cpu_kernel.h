@@ -68,8 +68,18 @@ static void reorganize_row_backward(
       memset(to + begin, 0, (end - begin) * sizeof(T));
     } else {
       const T* row = tokens + (prefix + i) * token_stride;
+      // blocks of 64 channels have a sum of their own: rounding grows with their number, not with the channels'
       typename Wide<T>::Vector dot{};
       int64_t c = begin;
+      for (; c + 64 <= end; c += 64) {
+        typename Wide<T>::Vector part{};
+        for (int64_t k = c; k < c + 64; k += lanes<T>) {
+          const auto g = load(grad_fused + k);
+          store(to + k, scores[i] * g);
+          part += g * load(row + k);
+        }
+        dot += part;
+      }
       for (; c + lanes<T> <= end; c += lanes<T>) {
         const auto g = load(grad_fused + c);
         store(to + c, scores[i] * g);
