@@ -1,7 +1,8 @@
 """Timing for benchmarks: peers side by side on the same inputs, parity first, the roofline measured in the same run.
 
-A round runs every peer once, in turn (ABAB...), and between them a `copy_` that moves as many bytes as the op must, so
-that whatever else the machine does hits all alike. pytest-benchmark does the timing: its rounds are our turns.
+A round runs every peer once, in turn (ABAB...), then a `copy_` that moves as many bytes as the op must and a matrix
+product, so that whatever else the machine does hits all alike, the roofline too. pytest-benchmark does the timing: its
+rounds are our turns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import itertools
 import shutil
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from bench import results
 from bench.results import GREEN, Comparison, Timing
 from xray_kernels import _library, testing
 from xray_kernels.testing import Inputs, OpSpec
@@ -29,6 +32,8 @@ DIRECTIONS = ("forward", "forward+backward")
 SECONDS = 4.0
 """What one comparison may take; it gets as many rounds as fit, within ROUNDS."""
 ROUNDS = (7, 40)
+MATMUL_SIZE = 4096 if DEVICE.type == "cuda" else 1024
+"""Side of the square matrix product that stands for the arithmetic limit."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,8 @@ class Bench:
         torch.compiler.reset()
         skipped = {p.name: why for p in peers if (why := p.absent(self.full))}
         present = [p for p in peers if p.name not in skipped]
-        oracle = results(spec.composition, testing.convert(inputs, torch.float64), backward)
-        yardstick = results(spec.composition, inputs, backward)
+        oracle = outcome(spec.composition, testing.convert(inputs, torch.float64), backward)
+        yardstick = outcome(spec.composition, inputs, backward)
         verdicts = {p.name: self._parity(p, inputs, backward, yardstick, oracle) for p in present}
         del oracle, yardstick
 
@@ -114,8 +119,9 @@ class Bench:
         turns = [(p.context, call(p.function, inputs, backward)) for p in green]
         dtype = next(v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
         if self.full:
-            turns.append((contextlib.nullcontext, copy_of(traffic)))
-            *samples, copy_samples = self._time(turns)
+            turns += [(contextlib.nullcontext, copy_of(traffic)), (contextlib.nullcontext, matmul_for(dtype))]
+            before = results.processor_seconds()
+            *samples, copy_samples, matmul_samples = self._time(turns)
             taken = {p.name: numbers for p, numbers in zip(green, samples, strict=True)}
             timings = [Timing(p.name, verdicts[p.name], taken.get(p.name, []), p.ours, p.default) for p in present]
             self._comparisons.append(
@@ -127,7 +133,9 @@ class Bench:
                     bytes=traffic,
                     flops=flops,
                     copy_samples=copy_samples,
-                    matmul_flops_per_s=max(matmul_flops_per_s(dtype), matmul_flops_per_s(torch.float32)),
+                    matmul_samples=matmul_samples,
+                    matmul_flops=2 * MATMUL_SIZE**3,
+                    others=results.cores_of_others(before, results.processor_seconds()),
                     peers=timings,
                     skipped=skipped,
                 )
@@ -143,7 +151,7 @@ class Bench:
         peer: Peer, inputs: Inputs, backward: bool, yardstick: dict[str, Tensor], oracle: dict[str, Tensor]
     ) -> str:
         with peer.context():
-            actual = results(peer.function, inputs, backward)
+            actual = outcome(peer.function, inputs, backward)
         try:
             testing.assert_within_rule(actual, yardstick, oracle, what="parity red,")
         except AssertionError as error:
@@ -181,7 +189,7 @@ def run_turns(turns: list[tuple[Any, Callable[[], None]]]) -> None:
             function()
 
 
-def results(function: Callable[..., Any], inputs: Inputs, backward: bool) -> dict[str, Tensor]:
+def outcome(function: Callable[..., Any], inputs: Inputs, backward: bool) -> dict[str, Tensor]:
     """Outputs of `function` by name, with `backward` also the gradients of its floating inputs."""
     if backward:
         outputs, grads = testing.run(function, inputs)
@@ -225,20 +233,19 @@ def copy_of(traffic: int) -> Callable[[], None]:
     return call(torch.empty_like(source).copy_, {"other": source}, backward=False)
 
 
+def matmul_for(dtype: torch.dtype) -> Callable[[], None]:
+    """A square matrix product in `dtype`, or in float32 where that is faster: half types may be computed so."""
+    side = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=DEVICE, dtype=fastest_matmul(dtype))
+    return call(torch.matmul, {"input": side, "other": side}, backward=False)
+
+
 @functools.cache
-def matmul_flops_per_s(dtype: torch.dtype) -> float:
-    """The best of a few square matrix products on this device, in FLOP/s; a small one where it is slow."""
+def fastest_matmul(dtype: torch.dtype) -> torch.dtype:
+    """`dtype` or float32, whichever multiplies small matrices faster on this device, by the best of five."""
 
-    def best(n: int) -> float:
-        a = torch.randn(n, n, device=DEVICE, dtype=dtype)
-        product = call(torch.matmul, {"input": a, "other": a}, backward=False)
-        product()
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            product()
-            seconds.append(time.perf_counter() - start)
-        return 2 * n**3 / min(seconds)
+    def best(candidate: torch.dtype) -> float:
+        side = torch.randn(256, 256, device=DEVICE, dtype=candidate)
+        product = call(torch.matmul, {"input": side, "other": side}, backward=False)
+        return min(timeit.repeat(product, repeat=6, number=1)[1:])
 
-    small = best(256)
-    return best(1024) if small > 1e10 else small
+    return min((dtype, torch.float32), key=best)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import statistics
 import subprocess
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,9 @@ class Comparison:
         bytes: least bytes that must be moved, each operand once.
         flops: floating-point operations.
         copy_samples: seconds of `copy_` moving the same bytes, timed between the peers.
-        matmul_flops_per_s: the better of float32's and the dtype's own square matrix product.
+        matmul_samples: seconds of a square matrix product of `matmul_flops` operations, timed between the peers; in the
+            dtype itself, or in float32 where that is faster.
+        others: processor cores that other processes took while this was timed; None where it can not be told.
         peers: one timing a peer.
         skipped: peers that are not here, with the reason.
     """
@@ -59,7 +63,9 @@ class Comparison:
     bytes: int
     flops: int
     copy_samples: list[float]
-    matmul_flops_per_s: float
+    matmul_samples: list[float]
+    matmul_flops: int
+    others: float | None
     peers: list[Timing]
     skipped: dict[str, str]
 
@@ -88,7 +94,10 @@ def row(comparison: Comparison, timing: Timing) -> Row | None:
     baseline = comparison.peers[0]
     median = statistics.median(timing.samples)
     low, _, high = statistics.quantiles(timing.samples, n=4, method="inclusive")
-    least = max(statistics.median(comparison.copy_samples), comparison.flops / comparison.matmul_flops_per_s)
+    least = max(
+        statistics.median(comparison.copy_samples),
+        statistics.median(comparison.matmul_samples) * comparison.flops / comparison.matmul_flops,
+    )
     return Row(
         timing,
         median,
@@ -117,6 +126,27 @@ def device_slug(device: torch.device) -> str:
     model = re.sub(r"[^a-z0-9]+", "-", words).strip("-") or "unknown"
     threads = f"-{torch.get_num_threads()}-threads" if device.type == "cpu" else ""
     return f"{device.type}-{model}{threads}"
+
+
+def processor_seconds() -> tuple[float, float, float] | None:
+    """The clock, the processor time of all processes and what the host withholds, and that of this one; Linux only."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _, _, irq, softirq, steal = map(int, words[1:9])
+    except (OSError, ValueError):
+        return None
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), busy, time.process_time()
+
+
+def cores_of_others(
+    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
+) -> float | None:
+    """Processor cores that others took on average between two `processor_seconds()`."""
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    clock, busy, own = (late - early for early, late in zip(before, after, strict=True))
+    return round(max(0.0, (busy - own) / clock), 2)
 
 
 def commit() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -36,9 +37,10 @@ def terminal(comparisons: list[Comparison]) -> str:
 
 
 def speeds(c: Comparison) -> str:
-    """The two speeds that make the roofline of a comparison."""
-    copied = sorted(c.copy_samples)[len(c.copy_samples) // 2]
-    return f"copy {c.bytes / copied / 1e9:.1f} GB/s, matmul {c.matmul_flops_per_s / 1e9:.0f} GFLOP/s"
+    """What a comparison's roofline is made of, and how many cores other processes took meanwhile."""
+    copied, multiplied = statistics.median(c.copy_samples), statistics.median(c.matmul_samples)
+    text = f"copy {c.bytes / copied / 1e9:.1f} GB/s, matmul {c.matmul_flops / multiplied / 1e9:.0f} GFLOP/s"
+    return text if c.others is None else f"{text}, others {c.others:.1f} cores"
 
 
 def markdown(folder: Path) -> str:
@@ -48,9 +50,11 @@ def markdown(folder: Path) -> str:
     for device in sorted({file.parent for file in files}):
         found = [read(file) for file in files if file.parent == device]
         facts = found[0][0]
+        others = [c.others for _, comparisons in found for c in comparisons if c.others is not None]
+        beside = f"; other processes took up to {max(others):.1f} cores meanwhile" if others else ""
         parts += [
             f"**{facts['device_name']}**, {facts['threads']} threads, torch {facts['torch']}, measured {facts['date']}"
-            f" ([raw samples](bench/results/{facts['device']})):",
+            f" ([raw samples](bench/results/{facts['device']})){beside}:",
             "",
             "| function | input | direction | baseline | torch.compile | xray | ratio | GB/s | roofline |",
             "|---|---|---|---|---|---|---|---|---|",

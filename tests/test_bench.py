@@ -331,7 +331,7 @@ def test_readme_is_brought_up_to_date_once(tmp_path: Path) -> None:
     readme.write_text(f"# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
     assert table.update(readme, folder)
     assert "Nothing is measured yet" in readme.read_text()
-    results.write(folder, results.record("double", CPU, [comparison()]))
+    results.write(folder, results.record("double", CPU, [comparison(others=0.1), comparison(others=0.3)]))
     assert table.update(readme, folder)
     first = readme.read_text()
     assert not table.update(readme, folder)
@@ -339,6 +339,7 @@ def test_readme_is_brought_up_to_date_once(tmp_path: Path) -> None:
     assert first.startswith("# Title\n\n")
     assert first.endswith(f"{table.END}\n\nafter\n")
     assert "old" not in first
+    assert "other processes took up to 0.3 cores meanwhile" in first
     ours = (
         "| `double` | 1000 x 125, float32 | forward | plain 4.0 (4.0-4.5) ms | - | reference 2.0 (1.5-2.5) ms | 2.00x |"
     )
