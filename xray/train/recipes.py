@@ -205,7 +205,7 @@ def demo_clip() -> Recipe:
         name="demo_clip",
         task="clip",
         clip_fraction=0.0,
-        steps=400,
+        steps=330,
         batch_size=96,
         learning_rate=1.5e-3,
         warmup_steps=40,
