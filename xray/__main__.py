@@ -1,7 +1,5 @@
 """`python -m xray` is `xray`; `torchrun -m xray train ...` starts it on many processes."""
 
-import sys
+from xray.cli import program
 
-from xray.cli import main
-
-sys.exit(main())
+program()

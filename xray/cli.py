@@ -34,6 +34,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
+def program() -> typing.NoReturn:
+    """The `xray` program: `main` on the process's own arguments, and the end of the process."""
+    status = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Meshes that torch caches keep gloo's threads alive. One that lets go of its last tensor while the
+        # interpreter shuts down aborts the process, so there is no shutdown: multiprocessing ends so, too.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 2 a mistake of the user's, 128 + n ended by
     signal n.
