@@ -3,13 +3,14 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from xray import data, train
+from xray import data, models, train
 from xray.train import schedule, tasks
 from xray.train.recipes import RECIPES
 
@@ -97,6 +98,38 @@ def test_keep_rate_falls_through_few_values() -> None:
     assert rates == sorted(rates, reverse=True)
     assert sorted(set(rates)) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     assert schedule.keep_rate(replace(recipe, keep_rate_warmup=0), 0) == 0.5
+
+
+def official_keep_rate(iteration: int, iterations: int) -> float:
+    """EViT's schedule in DeiT's 300 epochs: 1 until epoch 10, then a cosine down to 0.7 until epoch 100."""
+    epoch = 300 * iteration / iterations
+    return 0.7 + 0.3 * 0.5 * (1 + math.cos(math.pi * min(max(epoch - 10, 0) / 90, 1)))
+
+
+def test_keep_rate_schedule_needs_few_shapes() -> None:
+    config = models.SIZES["s16"]
+
+    def shapes(rates: Iterable[float]) -> tuple[int, int]:
+        """Combinations of token counts through the encoder, and different token counts."""
+        paths = {(*(cost := models.encoder_cost(config, keep_rate=r)).block_tokens, *cost.kept_tokens) for r in rates}
+        return len(paths), len({tokens for path in paths for tokens in path[: config.depth]})
+
+    recipe = replace(RECIPES["clip_tiny"](), keep_rate=0.7, keep_rate_warmup=1000)
+    walked = {schedule.keep_rate(recipe, step) for step in range(1200)}
+    assert walked == set(schedule.keep_rates(recipe))
+    assert shapes(walked) == (4, 10)
+    paths, counts = shapes(official_keep_rate(i, 30_000) for i in range(30_000))
+    assert paths > 140
+    assert counts > 120
+    for name, make in RECIPES.items():
+        own = make()
+        size = replace(models.SIZES[own.model], image_size=own.image_size, num_frames=own.num_frames)
+        lengths = {
+            tokens
+            for rate in schedule.keep_rates(own)
+            for tokens in models.encoder_cost(size, keep_rate=rate, num_frames=1).block_tokens
+        }
+        assert len(lengths) <= 12, name
 
 
 def test_only_weights_of_layers_decay() -> None:

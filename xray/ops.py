@@ -6,23 +6,29 @@ Everything here is defined in `xray_kernels` and re-exported; this file computes
 from xray_kernels import (
     ClipLoss,
     SigLipLoss,
+    TokenMap,
     add_reorganize_norm,
     attention,
     attention_with_scores,
     clip_loss,
+    gather_tokens,
     reorganize_tokens,
     siglip_loss,
     tag_loss,
+    token_map,
 )
 
 __all__ = [
     "ClipLoss",
     "SigLipLoss",
+    "TokenMap",
     "add_reorganize_norm",
     "attention",
     "attention_with_scores",
     "clip_loss",
+    "gather_tokens",
     "reorganize_tokens",
     "siglip_loss",
     "tag_loss",
+    "token_map",
 ]

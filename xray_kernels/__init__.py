@@ -9,17 +9,21 @@ from xray_kernels.contrastive_loss import clip_loss, siglip_loss
 from xray_kernels.contrastive_loss.modules import ClipLoss, SigLipLoss
 from xray_kernels.tag_loss import tag_loss
 from xray_kernels.token_reorganize import add_reorganize_norm, reorganize_tokens
+from xray_kernels.token_reorganize.follow import TokenMap, gather_tokens, token_map
 
 __all__ = [
     "ClipLoss",
     "SigLipLoss",
+    "TokenMap",
     "add_reorganize_norm",
     "attention",
     "attention_with_scores",
     "clip_loss",
+    "gather_tokens",
     "reorganize_tokens",
     "siglip_loss",
     "tag_loss",
+    "token_map",
 ]
 
 _library.load_compiled()

@@ -22,4 +22,103 @@ inline int64_t piece_begin(int64_t piece, int64_t pieces, int64_t channels) {
   return std::min(channels, blocks * piece / pieces * 64);
 }
 
+// Pieces of the rows for each batch row, where rows can not be split: enough for all threads.
+inline int64_t plan_row_pieces(int64_t batch, int64_t rows, int64_t threads) {
+  if (batch == 0 || batch >= threads) return 1;
+  return std::min((2 * threads + batch - 1) / batch, std::max<int64_t>(1, rows / 16));
+}
+
+// Whether a CPU kernel writes a result past the caches. One of less than 16 MiB may still be in the last-level cache
+// when the next op reads it; a larger one is not, and plain stores would read every line of it before writing it.
+inline bool plan_past_caches(int64_t bytes) {
+  return bytes >= 16 << 20;
+}
+
+// Threads of every block of token_reorganize's CUDA forward.
+constexpr int kReorganizeThreads = 256;
+
+// How one launch of it is split. The first batch * fuse_blocks blocks each sum a slice of
+// one fused row, since they read the most; the others copy `rows` rows of one batch row each.
+struct ReorganizePlan {
+  int64_t rows;          // rows of a copying block
+  int64_t copy_blocks;   // for each batch row
+  int64_t fuse_vectors;  // vectors of the fused row that one fusing block sums
+  int64_t fuse_blocks;   // for each batch row
+  int64_t select_bytes;  // shared memory of a block for selection
+  int64_t held_bytes;    // and of each warp for the row that it normalises; 0 for a row longer than 4 KiB
+};
+
+// `vectors` of `vector_bytes` make a row of `lanes_per_vector` elements each; `processors` is the number of SMs.
+//
+// Every copying block orders the scores again, about candidates / 5 issue cycles of its SM, and moves its rows at the
+// SM's share of the memory, about row_bytes / 9 cycles a row: so at least 8 * candidates / row_bytes rows keep the
+// first below a quarter of the second, and beyond that four blocks an SM hide each other's waiting.
+//
+// LayerNorm needs the whole fused row, so with `norm` one block sums all of it, at about 28 bytes a cycle where all SMs
+// together move 15 a cycle each. Where that would outlast the rest, the row is sliced like any other and a second,
+// small launch normalises it (fuse_blocks > 1 says so).
+inline ReorganizePlan plan_reorganize(
+    int64_t batch, int64_t length, int64_t prefix, int64_t keep, int64_t vectors, int64_t vector_bytes,
+    int64_t lanes_per_vector, bool fuse, bool norm, int64_t processors) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t candidates = length - prefix, row_bytes = vectors * vector_bytes;
+  ReorganizePlan plan{};
+  batch = std::max<int64_t>(batch, 1);
+
+  plan.rows = divide_up(length, divide_up(4 * processors, batch));
+  plan.rows = std::min(length, std::max(plan.rows, divide_up(8 * candidates, std::max<int64_t>(row_bytes, 1))));
+  plan.copy_blocks = divide_up(length, plan.rows);
+
+  if (fuse && vectors > 0) {
+    const int64_t fused_bytes = (candidates - keep) * row_bytes * (norm ? 2 : 1);
+    const int64_t all_bytes = batch * row_bytes * (length + prefix + keep + 1) * (norm ? 2 : 1);
+    const bool whole = norm && fused_bytes <= std::max<int64_t>(384 << 10, all_bytes / processors * 7 / 5);
+    if (whole) {
+      plan.fuse_vectors = vectors;
+    } else {
+      // 512 bytes of a row at a time, down to 64 (two sectors) while that leaves half of the SMs without a slice
+      plan.fuse_vectors = 512 / vector_bytes;
+      plan.fuse_vectors = std::min<int64_t>(plan.fuse_vectors, 32);
+      while (plan.fuse_vectors * vector_bytes > 64 &&
+             batch * divide_up(vectors, plan.fuse_vectors) < divide_up(processors, 2))
+        plan.fuse_vectors /= 2;
+    }
+    plan.fuse_vectors = std::min(plan.fuse_vectors, vectors);
+    plan.fuse_blocks = divide_up(vectors, plan.fuse_vectors);
+  }
+
+  // the list of candidates, then keys and bucket counts, or weights and partial sums of the fused row
+  const int64_t list = divide_up(2 * candidates, 16) * 16, words = divide_up(4 * candidates, 16) * 16;
+  const int64_t partial = plan.fuse_blocks ? 4 * kReorganizeThreads * lanes_per_vector : 0;
+  plan.select_bytes = list + words + std::max<int64_t>(16 * kReorganizeThreads, partial);
+  plan.held_bytes = norm && row_bytes <= 4096 ? divide_up(row_bytes, 16) * 16 : 0;
+  return plan;
+}
+
+// Rows of one batch row that a block of the CUDA backward handles, and the threads of that block.
+struct ReorganizeBackwardPlan {
+  int64_t threads;
+  int64_t rows;
+  int64_t blocks;  // for each batch row
+};
+
+// Every block reads all kept indices of its batch row (8 bytes each) to find those of its rows; at least 16 bytes of
+// rows for each of them keep that a small share. Without `norm` a warp takes a row, six blocks of up to four warps an
+// SM. With it all threads of a block share a row, a vector each, and every block leaves a partial sum of the weight's
+// and the bias' gradient: at least two rows a block, and blocks for 640 threads an SM.
+inline ReorganizeBackwardPlan plan_reorganize_backward(
+    int64_t batch, int64_t length, int64_t keep, int64_t vectors, int64_t vector_bytes, bool norm, int64_t processors) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t row_bytes = std::max<int64_t>(vectors * vector_bytes, 1);
+  ReorganizeBackwardPlan plan{};
+  batch = std::max<int64_t>(batch, 1);
+  const int64_t norm_threads = std::min<int64_t>(512, std::max<int64_t>(1, divide_up(vectors, 32)) * 32);
+  const int64_t wanted = norm ? std::max<int64_t>(2, 640 / norm_threads) * processors : 6 * processors;
+  plan.rows = std::max(divide_up(length, divide_up(wanted, batch)), divide_up(16 * keep, row_bytes));
+  plan.rows = std::min({std::max<int64_t>(plan.rows, norm ? 2 : 1), length, int64_t{4096}});
+  plan.blocks = divide_up(length, plan.rows);
+  plan.threads = norm ? norm_threads : 32 * std::min<int64_t>(4, plan.rows);
+  return plan;
+}
+
 }  // namespace xray

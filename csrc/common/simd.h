@@ -7,84 +7,141 @@ using Bits = uint32_t __attribute__((vector_size(XRAY_LANES * 4)));
 using Bits16 = uint16_t __attribute__((vector_size(XRAY_LANES * 2)));
 using Double = double __attribute__((vector_size(XRAY_LANES * 4)));
 
-// ---- float32: as it is ----
+// Packing<T>: XRAY_LANES elements of type T as they lie in memory, to and from floats.
+template <class T>
+struct Packing;
 
-static inline Float load(const float* from) {
-  Float value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
+// ---- float32 as it is; float64, for checking gradients, with half as many lanes ----
 
-static inline void store(float* to, Float value) {
-  memcpy(to, &value, sizeof value);
-}
+template <>
+struct Packing<float> {
+  using Packed = Float;
+  XRAY_INLINE Float pack(Float value) {
+    return value;
+  }
+  XRAY_INLINE Float unpack(Float packed) {
+    return packed;
+  }
+};
 
-// ---- float64, for checking gradients: half as many lanes ----
-
-static inline Double load(const double* from) {
-  Double value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-static inline void store(double* to, Double value) {
-  memcpy(to, &value, sizeof value);
-}
+template <>
+struct Packing<double> {
+  using Packed = Double;
+  XRAY_INLINE Double pack(Double value) {
+    return value;
+  }
+  XRAY_INLINE Double unpack(Double packed) {
+    return packed;
+  }
+};
 
 // ---- bfloat16: the upper half of a float32, rounded to nearest even ----
+// By instruction where GCC would widen and narrow by __builtin_convertvector in two halves.
 
-static inline Float load(const BFloat16* from) {
-  Bits16 half;
-  memcpy(&half, from, sizeof half);
-  return (Float)(__builtin_convertvector(half, Bits) << 16);
-}
-
-static inline void store(BFloat16* to, Float value) {
-  const Bits bits = (Bits)value;
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits is_nan = (Bits)(value != value);
-  const Bits16 half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Bits16);
-  memcpy(to, &half, sizeof half);
-}
+template <>
+struct Packing<BFloat16> {
+  using Packed = Bits16;
+  XRAY_INLINE Bits16 pack(Float value) {
+    const Bits bits = (Bits)value;
+    const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Bits half = (value == value ? rounded : Bits{} + 0x7fc00000u) >> 16;
+#if defined(XRAY_F16C) && XRAY_LANES == 16
+    return (Bits16)_mm512_cvtepi32_epi16((__m512i)half);
+#elif defined(XRAY_F16C)
+    const __m256i pairs = _mm256_packus_epi32((__m256i)half, (__m256i)half);
+    return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+    return __builtin_convertvector(half, Bits16);
+#endif
+  }
+  XRAY_INLINE Float unpack(Bits16 packed) {
+#if defined(XRAY_F16C) && XRAY_LANES == 16
+    return (Float)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)packed), 16);
+#elif defined(XRAY_F16C)
+    return (Float)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)packed), 16);
+#else
+    return (Float)(__builtin_convertvector(packed, Bits) << 16);
+#endif
+  }
+};
 
 // ---- float16: by instruction where there is one, by arithmetic on the bits elsewhere ----
 
-static inline Float load(const Half* from) {
+template <>
+struct Packing<Half> {
+  using Packed = Bits16;
+  XRAY_INLINE Bits16 pack(Float value) {
 #if defined(XRAY_F16C) && XRAY_LANES == 16
-  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+    return (Bits16)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(XRAY_F16C)
-  return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+    return (Bits16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
 #else
-  Bits16 half;
-  memcpy(&half, from, sizeof half);
-  const Bits wide = __builtin_convertvector(half, Bits);
-  const Bits is_special = (Bits)((wide & 0x7c00) == 0x7c00);
-  // exponent and fraction in place, then times 2^112, which rebiases the exponent and normalises subnormals
-  const Float scale = (Float)(Bits{} + 0x77800000u);
-  const Bits magnitude = (Bits)((Float)((wide & 0x7fff) << 13) * scale);
-  return (Float)(magnitude | (is_special & 0x7f800000u) | ((wide & 0x8000) << 16));
+    const Bits bits = (Bits)value & 0x7fffffff;
+    const Bits sign = ((Bits)value >> 16) & 0x8000;
+    const Bits is_large = (Bits)(bits >= 0x47800000u);  // 2^16 and more, infinities, NaN
+    const Bits is_nan = (Bits)(bits > 0x7f800000u);
+    const Bits is_small = (Bits)(bits < 0x38800000u);  // below 2^-14: subnormal in float16
+    const Bits normal = (bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13;
+    // adding 0.5 leaves the fraction of a subnormal in the low bits, rounded by the addition
+    const Float half_one = (Float)(Bits{} + 0x3f000000u);
+    const Bits subnormal = (Bits)((Float)bits + half_one) - 0x3f000000u;
+    const Bits finite = (is_small & subnormal) | (~is_small & normal);
+    const Bits special = 0x7c00 | (is_nan & 0x0200);
+    return __builtin_convertvector(sign | (is_large & special) | (~is_large & finite), Bits16);
+#endif
+  }
+  XRAY_INLINE Float unpack(Bits16 packed) {
+#if defined(XRAY_F16C) && XRAY_LANES == 16
+    return (Float)_mm512_cvtph_ps((__m256i)packed);
+#elif defined(XRAY_F16C)
+    return (Float)_mm256_cvtph_ps((__m128i)packed);
+#else
+    const Bits wide = __builtin_convertvector(packed, Bits);
+    const Bits is_special = (Bits)((wide & 0x7c00) == 0x7c00);
+    // exponent and fraction in place, then times 2^112, which rebiases the exponent and normalises subnormals
+    const Float scale = (Float)(Bits{} + 0x77800000u);
+    const Bits magnitude = (Bits)((Float)((wide & 0x7fff) << 13) * scale);
+    return (Float)(magnitude | (is_special & 0x7f800000u) | ((wide & 0x8000) << 16));
+#endif
+  }
+};
+
+template <class T>
+XRAY_INLINE auto load(const T* from) {
+  typename Packing<T>::Packed packed;
+  memcpy(&packed, from, sizeof packed);
+  return Packing<T>::unpack(packed);
+}
+
+// ---- stores ----
+
+template <class T, class V>
+static inline void store(T* to, V value) {
+  const auto packed = Packing<T>::pack(value);
+  memcpy(to, &packed, sizeof packed);
+}
+
+// Stores past the caches, for results so large that they would not stay there: a line is then written without being
+// read first. `to` must be aligned to what is stored, and end_streaming() must come before other threads read it.
+template <class P>
+XRAY_INLINE void stream(void* to, P packed) {
+#if defined(__x86_64__)
+  if constexpr (sizeof packed == 8) _mm_stream_si64((long long*)to, (long long)packed);
+  if constexpr (sizeof packed == 16) _mm_stream_si128((__m128i*)to, (__m128i)packed);
+#if XRAY_LANES >= 8
+  if constexpr (sizeof packed == 32) _mm256_stream_si256((__m256i*)to, (__m256i)packed);
+#endif
+#if XRAY_LANES == 16
+  if constexpr (sizeof packed == 64) _mm512_stream_si512((__m512i*)to, (__m512i)packed);
+#endif
+#else
+  memcpy(to, &packed, sizeof packed);
 #endif
 }
 
-static inline void store(Half* to, Float value) {
-#if defined(XRAY_F16C) && XRAY_LANES == 16
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(XRAY_F16C)
-  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
-#else
-  const Bits bits = (Bits)value & 0x7fffffff;
-  const Bits sign = ((Bits)value >> 16) & 0x8000;
-  const Bits is_large = (Bits)(bits >= 0x47800000u);  // 2^16 and more, infinities, NaN
-  const Bits is_nan = (Bits)(bits > 0x7f800000u);
-  const Bits is_small = (Bits)(bits < 0x38800000u);  // below 2^-14: subnormal in float16
-  const Bits normal = (bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13;
-  // adding 0.5 leaves the fraction of a subnormal in the low bits, rounded by the addition
-  const Float half_one = (Float)(Bits{} + 0x3f000000u);
-  const Bits subnormal = (Bits)((Float)bits + half_one) - 0x3f000000u;
-  const Bits finite = (is_small & subnormal) | (~is_small & normal);
-  const Bits special = 0x7c00 | (is_nan & 0x0200);
-  const Bits16 half = __builtin_convertvector(sign | (is_large & special) | (~is_large & finite), Bits16);
-  memcpy(to, &half, sizeof half);
+static inline void end_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 
@@ -115,13 +172,6 @@ static inline typename Wide<T>::Vector load_some(const T* from, int64_t count) {
   return load(buffer);
 }
 
-template <class T, class V>
-static inline void store_some(T* to, V value, int64_t count) {
-  T buffer[lanes<T>];
-  store(buffer, value);
-  memcpy(to, buffer, count * sizeof(T));
-}
-
 // Sum over lanes in a fixed order.
 template <class S, class V>
 static inline S sum_lanes(V value) {
@@ -130,4 +180,80 @@ static inline S sum_lanes(V value) {
   S sum = 0;
   for (S part : buffer) sum += part;
   return sum;
+}
+
+// The first `count` lanes; the others become 0.
+template <class T, class V>
+XRAY_INLINE V only_first(V value, int64_t count) {
+  if (count == lanes<T>) return value;
+  typename Wide<T>::Scalar buffer[lanes<T>];
+  store(buffer, value);
+  return load_some(buffer, count);
+}
+
+// ---- loops over a row: whole vectors, then what is left ----
+
+// The first `count` <= lanes elements; constant in all but the last call of the loops below.
+template <class T>
+XRAY_INLINE typename Wide<T>::Vector load_first(const T* from, int64_t count) {
+  return count == lanes<T> ? load(from) : load_some(from, count);
+}
+
+// Stores them, past the caches or not.
+template <class T, class P>
+XRAY_INLINE void store_packed(T* to, P packed, int64_t count, bool past_caches) {
+  if (count != lanes<T>) {
+    memcpy(to, &packed, count * sizeof(T));
+  } else if (past_caches) {
+    stream(to, packed);
+  } else {
+    memcpy(to, &packed, sizeof packed);
+  }
+}
+
+template <class T, class V>
+XRAY_INLINE void store_first(T* to, V value, int64_t count, bool past_caches = false) {
+  store_packed(to, Packing<T>::pack(value), count, past_caches);
+}
+
+// f(c, count) for each vector of channels [begin, end).
+template <class T, class F>
+XRAY_INLINE void for_each_vector(int64_t begin, int64_t end, F&& f) {
+  int64_t c = begin;
+  for (; c + lanes<T> <= end; c += lanes<T>) f(c, lanes<T>);
+  if (c < end) f(c, end - c);
+}
+
+// Two sums over one loop.
+template <class V>
+struct Pair {
+  V first, second;
+  XRAY_METHOD Pair& operator+=(Pair other) {
+    first += other.first;
+    second += other.second;
+    return *this;
+  }
+};
+
+template <class S, class V>
+static inline Pair<S> sum_lanes(Pair<V> value) {
+  return {sum_lanes<S>(value.first), sum_lanes<S>(value.second)};
+}
+
+// Sum of the vectors f(c, count), or pairs of them, whose lanes from `count` on must be 0. Blocks of 64 channels have a
+// sum of their own: rounding grows with the number of blocks, not of channels, and additions of one block overlap those
+// of the next.
+template <class T, class F>
+XRAY_INLINE auto sum_over(int64_t begin, int64_t end, F&& f) {
+  using V = decltype(f(begin, end));
+  V total{};
+  int64_t c = begin;
+  for (; c + 64 <= end; c += 64) {
+    V part{};
+    for (int64_t k = c; k < c + 64; k += lanes<T>) part += f(k, lanes<T>);
+    total += part;
+  }
+  for (; c + lanes<T> <= end; c += lanes<T>) total += f(c, lanes<T>);
+  if (c < end) total += f(c, end - c);
+  return sum_lanes<typename Wide<T>::Scalar>(total);
 }

@@ -10,9 +10,16 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/capability.h"
+#include "common/dtypes.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#define XRAY_LAMBDA __attribute__((always_inline))
+#define XRAY_METHOD inline __attribute__((always_inline))
+#define XRAY_INLINE static XRAY_METHOD
 
 #define XRAY_LANES 4
 namespace baseline {
@@ -60,4 +67,17 @@ namespace avx512 {
 #endif
 #undef XRAY_LANES
 #undef XRAY_F16C
+#endif
+#undef XRAY_INLINE
+#undef XRAY_METHOD
+#undef XRAY_LAMBDA
+
+// Calls the variant of `function` for the instruction set in use.
+#if defined(__x86_64__)
+#define XRAY_CALL_VARIANT(function, ...)                     \
+  (xray::capability() == 2   ? avx512::function(__VA_ARGS__) \
+   : xray::capability() == 1 ? avx2::function(__VA_ARGS__)   \
+                             : baseline::function(__VA_ARGS__))
+#else
+#define XRAY_CALL_VARIANT(function, ...) baseline::function(__VA_ARGS__)
 #endif

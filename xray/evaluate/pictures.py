@@ -13,7 +13,8 @@ from xray.data import Dataset, DecodeError, Sample, Tokenizer, transforms
 from xray.evaluate.embed import Embedded, embed_texts, vision_config
 from xray.evaluate.ranking import positive_ranks
 from xray.evaluate.retrieval import group_captions
-from xray.models import Clip, MaskedAutoencoder, TagClassifier, surviving_patches
+from xray.models import Clip, MaskedAutoencoder, TagClassifier
+from xray.ops import token_map
 
 THUMBNAIL = 112
 
@@ -181,10 +182,11 @@ def fade(pixels: Tensor, alive: Tensor, patch_size: int) -> Tensor:
 def alive_patches(kept: Sequence[Tensor], num_patches: int) -> list[Tensor]:
     """For each EViT layer (B, num_patches) bool: is the patch still a token of its own?"""
     masks = []
-    for survivors in surviving_patches(kept, num_patches):
-        # One more column takes the fused tokens (-1), which stand for no single patch.
-        mask = torch.zeros(len(survivors), num_patches + 1, dtype=torch.bool)
-        mask.scatter_(1, survivors.where(survivors >= 0, num_patches), True)
+    for layers in range(1, len(kept) + 1):
+        patches = token_map(kept[:layers], num_patches).patches
+        # One more column takes the fused token (-1), which stands for no single patch.
+        mask = torch.zeros(len(patches), num_patches + 1, dtype=torch.bool)
+        mask.scatter_(1, patches.where(patches >= 0, num_patches), True)
         masks.append(mask[:, :num_patches])
     return masks
 

@@ -24,7 +24,7 @@ from xray.models.heads import TagClassifier
 from xray.models.mae import MaeOutput, MaskedAutoencoder
 from xray.models.text import TextTransformer
 from xray.models.timm_weights import load_timm
-from xray.models.vit import EncoderOutput, VisionTransformer, surviving_patches
+from xray.models.vit import EncoderOutput, VisionTransformer
 
 __all__ = [
     "SIZES",
@@ -49,5 +49,4 @@ __all__ = [
     "load_encoder",
     "load_timm",
     "save",
-    "surviving_patches",
 ]

@@ -90,8 +90,18 @@ class Block(nn.Module):
             tokens = tokens + self.attn(self.norm1(tokens), is_causal=is_causal, key_lengths=key_lengths)
             return tokens + self.mlp(self.norm2(tokens)), None
         update, scores = self.attn.forward_with_scores(self.norm1(tokens), num_prefix_tokens)
-        tokens, indices = ops.reorganize_tokens(tokens + update, scores, num_keep, num_prefix_tokens=num_prefix_tokens)
-        return tokens + self.mlp(self.norm2(tokens)), indices
+        dtype = tokens.dtype  # under autocast and FSDP's mixed precision the residual stream is the widest
+        tokens, normed, indices = ops.add_reorganize_norm(
+            tokens,
+            update.to(dtype),
+            scores,
+            num_keep,
+            self.norm2.weight.to(dtype),
+            self.norm2.bias.to(dtype),
+            self.norm2.eps,
+            num_prefix_tokens=num_prefix_tokens,
+        )
+        return tokens + self.mlp(normed), indices
 
 
 def init_linear_layers(module: nn.Module) -> None:

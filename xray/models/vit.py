@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,8 @@ class EncoderOutput(NamedTuple):
         tokens: (B, M, width) all tokens that are left, normalised: class token, registers, then the rest.
         pooled: (B, width) the normalised class token.
         kept: one (B, K) int64 per layer that dropped tokens: the kept ones, best first, as indices into that
-            layer's non-prefix tokens, whose last is the previous layer's fused token.
+            layer's non-prefix tokens, whose last is the previous layer's fused token. `xray.ops.token_map` turns
+            them into patch numbers.
     """
 
     tokens: Tensor
@@ -140,25 +140,3 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"pixels must have 1 to {self.config.num_frames} frames (this model's num_frames), got shape {shape}"
             )
-
-
-def surviving_patches(kept: Sequence[Tensor], num_patches: int) -> list[Tensor]:
-    """Trace ``EncoderOutput.kept`` back to the patches that entered the encoder.
-
-    Args:
-        kept: the kept indices of each EViT layer, (B, K) int64.
-        num_patches: non-prefix tokens that entered the encoder, frames times patches per frame.
-
-    Returns:
-        For each layer (B, K) int64: the patch number (frame by frame, row by row) of each kept token, or -1
-        where the layer kept the fused token of the layer before.
-    """
-    if not kept:
-        return []
-    current = torch.arange(num_patches, device=kept[0].device).expand(kept[0].shape[0], -1)
-    survivors = []
-    for indices in kept:
-        current = current.gather(1, indices)
-        survivors.append(current)
-        current = torch.cat([current, torch.full_like(current[:, :1], -1)], dim=1)
-    return survivors

@@ -96,7 +96,7 @@ class Recipe:
 
     keep_rate: float = 1.0
     keep_rate_warmup: int = 0
-    keep_rate_buckets: int = 4
+    keep_rate_buckets: int = 3
 
     mask_ratio: float = 0.75
     decoder_width: int = 32

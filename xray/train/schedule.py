@@ -20,14 +20,25 @@ def keep_rate(recipe: Recipe, step: int) -> float:
     """EViT's keep rate at step `step`, counted from 0.
 
     It falls from 1 to `recipe.keep_rate` along a cosine over `keep_rate_warmup` steps (EViT, ICLR 2022,
-    section 4.1), but only through `keep_rate_buckets` evenly spaced values. The official schedule moves at
-    every iteration and passes through 149 distinct token counts, and each count is a shape to compile.
+    section 4.1), but only through the values of `keep_rates`.
     """
     if step >= recipe.keep_rate_warmup:
         return recipe.keep_rate
     fallen = 0.5 * (1 - math.cos(math.pi * step / recipe.keep_rate_warmup))
-    bucket = math.floor(fallen * recipe.keep_rate_buckets)
-    return 1 - (1 - recipe.keep_rate) * bucket / recipe.keep_rate_buckets
+    return keep_rates(recipe)[math.floor(fallen * recipe.keep_rate_buckets)]
+
+
+def keep_rates(recipe: Recipe) -> list[float]:
+    """All values that the keep rate takes along a run, evenly spaced, from the first to the last.
+
+    Every value means token counts of its own, and each token count is a shape to compile and to capture. At 196
+    patches and a keep rate of 0.7, three buckets make 4 values and 10 token counts; the official schedule, which
+    moves at every iteration, makes 146 combinations of 126 token counts.
+    """
+    if not recipe.keep_rate_warmup:
+        return [recipe.keep_rate]
+    buckets = recipe.keep_rate_buckets
+    return [1 - (1 - recipe.keep_rate) * bucket / buckets for bucket in range(buckets)] + [recipe.keep_rate]
 
 
 def optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.AdamW:

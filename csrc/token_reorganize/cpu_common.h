@@ -1,0 +1,79 @@
+// What the CPU bindings of this family share: scores of one batch row, and where its tokens go.
+// Included after common/variants.h.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "common/plan.h"
+#include "common/tensor.h"
+#include "token_reorganize/select.h"
+
+namespace xray {
+
+// Sums of elements of type T are kept in float32, those of float64 in float64.
+template <class T>
+using WideScalar = typename baseline::Wide<T>::Scalar;
+
+template <class T>
+WideScalar<T> widen(T value) {
+  const T padded[baseline::lanes<T>] = {value};
+  return baseline::load(padded)[0];
+}
+
+template <class T>
+T narrow(WideScalar<T> value) {
+  T padded[baseline::lanes<T>];
+  baseline::store(padded, typename baseline::Wide<T>::Vector{value});
+  return padded[0];
+}
+
+// A vector of parameters or one row of scores, widened to S.
+template <class S>
+void read_row(const Tensor& tensor, const char* name, int64_t offset, int64_t stride, std::vector<S>& to) {
+  for_element_type(tensor, name, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(tensor.const_data_ptr()) + offset;
+    for (size_t i = 0; i < to.size(); ++i) to[i] = S(widen(from[i * stride]));
+  });
+}
+
+// The scores of one batch row and the places of its tokens, with room for the next row.
+template <class S>
+struct RowPlan {
+  std::vector<S> scores;
+  std::vector<int32_t> place;
+  Selector selector;
+
+  explicit RowPlan(int64_t candidates) : scores(candidates), place(candidates) {
+  }
+
+  void read_scores(const Tensor& all, int64_t b) {
+    read_row(all, "scores", b * all.stride(0), all.stride(1), scores);
+  }
+
+  // Forward: select, and write the indices.
+  void select(int64_t keep, int64_t* indices) {
+    selector.select(scores.data(), int64_t(scores.size()), keep, indices, place.data());
+  }
+
+  // Backward: what was selected.
+  void recall(const int64_t* indices, int64_t keep) {
+    const auto candidates = int64_t(scores.size());
+    std::fill(place.begin(), place.end(), -1);
+    for (int64_t k = 0; k < keep; ++k) {
+      STD_TORCH_CHECK(
+          0 <= indices[k] && indices[k] < candidates, "indices must be from 0 to ", candidates - 1, ", got ",
+          indices[k]);
+      place[indices[k]] = int32_t(k);
+    }
+  }
+};
+
+// Whether rows of `channels` elements, in results of `bytes` at `data`, can and should be written past the caches.
+inline bool writes_past_caches(int64_t bytes, int64_t channels, std::initializer_list<const void*> data) {
+  bool aligned = channels % 16 == 0;
+  for (const void* address : data) aligned = aligned && reinterpret_cast<uintptr_t>(address) % 64 == 0;
+  return aligned && plan_past_caches(bytes);
+}
+
+}  // namespace xray
