@@ -8,13 +8,14 @@ rounds are our turns.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import itertools
 import shutil
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bench import results
-from bench.results import GREEN, Comparison, Timing
+from bench.results import GREEN, Comparison, Target, Timing
 from xray_kernels import _library, testing
 from xray_kernels.testing import Inputs, OpSpec
 
@@ -36,9 +37,27 @@ MATMUL_SIZE = 4096 if DEVICE.type == "cuda" else 1024
 """Side of the square matrix product that stands for the arithmetic limit."""
 
 
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, for all peers alike; whether it could be told so.
+
+    By default it returns blocks of over 32 MiB to the system, which clears their pages again at their next use. That
+    took 2.4 us per page of 4 KiB where it was measured, 64 of 72 ms for a result of 106 MiB, so it would be what is
+    compared. Who trains on a CPU runs an allocator that keeps memory (tcmalloc, jemalloc, or these settings).
+    """
+    mmap_max, trim_threshold = -4, -1  # names of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
 @dataclass(frozen=True)
 class Peer:
-    """A way to compute an op, called with the keyword arguments of its spec's public function."""
+    """A way to compute an op, called with the keyword arguments of its spec's public function.
+
+    `composition` is what it is checked against when that is not the spec's: a peer may do another thing at less cost.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -47,6 +66,7 @@ class Peer:
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     ours: bool = False
     default: bool = False
+    composition: Callable[..., Any] | None = None
 
     def absent(self, full: bool) -> str:
         """Why this peer can not run here, or "" when it can."""
@@ -66,28 +86,36 @@ def peer(name: str, *, needs: str = "", slow: bool = False) -> Callable[[Callabl
     return lambda function: Peer(name, function, needs=needs, slow=slow)
 
 
-def ours(spec: OpSpec) -> tuple[Peer, ...]:
-    """The implementations of this project that an op has on this machine, one for each instruction set."""
+def ops_of(spec: OpSpec) -> list[str]:
+    """The ops that a public function calls: the one of its name, or all of its family."""
     family = spec.function.__module__
     ops = [spec.name] if spec.name in _library.REFERENCES else list(_library.REFERENCES)
-    own = {
-        _library.implementation(op, DEVICE.type)
-        for op in ops
-        if _library.REFERENCES[op].__module__.startswith(f"{family}.")
-    }
-    if DEVICE.type == "cuda":  # implementations can not be forced there, so only what runs by default is timed
-        return (Peer(f"xray {max(own)}", spec.function, ours=True, default=True),)
-    names = testing.implementations("cpu") if own != {"reference"} else ["reference"]
+    return [op for op in ops if _library.REFERENCES[op].__module__.startswith(f"{family}.")]
+
+
+def ours(spec: OpSpec) -> tuple[Peer, ...]:
+    """The implementations of this project that an op has on this machine; on a CPU, one for each instruction set."""
+    if DEVICE.type == "cuda":
+        own = {name for op in ops_of(spec) for name in _library.available_on_cuda(op)}
+        names = [name for name in testing.implementations("cuda") if name in own]
+    else:
+        own = {_library.implementation(op, "cpu") for op in ops_of(spec)}
+        names = testing.implementations("cpu") if own != {"reference"} else ["reference"]
     return tuple(
         Peer(
             f"xray {name}",
             spec.function,
             context=functools.partial(testing.use_implementation, name),
             ours=True,
-            default=name == names[-1],
+            default=DEVICE.type == "cpu" and name == names[-1],
         )
         for name in names
     )
+
+
+def default_on_cuda(spec: OpSpec, dtype: torch.dtype) -> str:
+    """The name of the peer that runs on CUDA when nothing is chosen, which can differ between dtypes."""
+    return f"xray {max(_library.implementation(op, 'cuda', dtype) for op in ops_of(spec))}"
 
 
 class Bench:
@@ -98,7 +126,15 @@ class Bench:
         self._benchmark = benchmark
         self._comparisons = comparisons
 
-    def compare(self, spec: OpSpec, inputs: Inputs, peers: tuple[Peer, ...], case: str, direction: str) -> None:
+    def compare(
+        self,
+        spec: OpSpec,
+        inputs: Inputs,
+        peers: tuple[Peer, ...],
+        case: str,
+        direction: str,
+        targets: Sequence[Target] = (),
+    ) -> None:
         """Compare `peers` (the first is the baseline) with each other and record the result.
 
         Parity comes before timing, by the tolerance rule of `xray_kernels.testing`: the error against the float64
@@ -109,9 +145,13 @@ class Bench:
         torch.compiler.reset()
         skipped = {p.name: why for p in peers if (why := p.absent(self.full))}
         present = [p for p in peers if p.name not in skipped]
-        oracle = outcome(spec.composition, testing.convert(inputs, torch.float64), backward)
-        yardstick = outcome(spec.composition, inputs, backward)
-        verdicts = {p.name: self._parity(p, inputs, backward, yardstick, oracle) for p in present}
+        verdicts: dict[str, str] = {}
+        for composition in dict.fromkeys(p.composition or spec.composition for p in present):
+            oracle = outcome(composition, testing.convert(inputs, torch.float64), backward)
+            yardstick = outcome(composition, inputs, backward)
+            for p in present:
+                if (p.composition or spec.composition) is composition:
+                    verdicts[p.name] = self._parity(p, inputs, backward, yardstick, oracle)
         del oracle, yardstick
 
         green = [p for p in present if verdicts[p.name] == GREEN]
@@ -123,7 +163,11 @@ class Bench:
             before = results.processor_seconds()
             *samples, copy_samples, matmul_samples = self._time(turns)
             taken = {p.name: numbers for p, numbers in zip(green, samples, strict=True)}
-            timings = [Timing(p.name, verdicts[p.name], taken.get(p.name, []), p.ours, p.default) for p in present]
+            default = default_on_cuda(spec, dtype) if DEVICE.type == "cuda" else ""
+            timings = [
+                Timing(p.name, verdicts[p.name], taken.get(p.name, []), p.ours, p.default or p.name == default)
+                for p in present
+            ]
             self._comparisons.append(
                 Comparison(
                     function=spec.name,
@@ -138,6 +182,7 @@ class Bench:
                     others=results.cores_of_others(before, results.processor_seconds()),
                     peers=timings,
                     skipped=skipped,
+                    targets=list(targets),
                 )
             )
         else:

@@ -10,7 +10,7 @@ import re
 import statistics
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ class Timing:
     default: bool = False
 
 
+COPY = "copy"
+"""As the `against` of a target: the share of the speed at which `copy_` moves the same bytes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What our default implementation is meant to reach: `at_least` times the speed of a peer, or of `COPY`."""
+
+    against: str
+    at_least: float
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Peers timed side by side on the same inputs. The first peer is the baseline.
@@ -54,6 +66,7 @@ class Comparison:
         others: processor cores that other processes took while this was timed; None where it can not be told.
         peers: one timing a peer.
         skipped: peers that are not here, with the reason.
+        targets: what our default implementation is meant to reach here.
     """
 
     function: str
@@ -68,6 +81,7 @@ class Comparison:
     others: float | None
     peers: list[Timing]
     skipped: dict[str, str]
+    targets: list[Target] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,17 @@ def row(comparison: Comparison, timing: Timing) -> Row | None:
         gb_per_s=comparison.bytes / median / 1e9,
         roofline=least / median,
     )
+
+
+def reached(comparison: Comparison, target: Target) -> float | None:
+    """How many times the speed of the target's peer, or of `copy_`, our default has; None where one was not timed."""
+    default = next((peer for peer in comparison.peers if peer.default and peer.samples), None)
+    samples = comparison.copy_samples
+    if target.against != COPY:
+        samples = next((peer.samples for peer in comparison.peers if peer.name == target.against), [])
+    if default is None or not samples:
+        return None
+    return statistics.median(samples) / statistics.median(default.samples)
 
 
 def device_name(device: torch.device) -> str:
@@ -204,7 +229,13 @@ def read(file: Path) -> tuple[dict[str, Any], list[Comparison]]:
             raise ValueError(f"its schema is {content['schema']}, this code reads {SCHEMA}")
         facts = {key: content[key] for key in FACTS}
         comparisons = [
-            Comparison(**{**entry, "peers": [Timing(**peer) for peer in entry["peers"]]})
+            Comparison(
+                **{
+                    **entry,
+                    "peers": [Timing(**peer) for peer in entry["peers"]],
+                    "targets": [Target(**target) for target in entry["targets"]],
+                }
+            )
             for entry in content["comparisons"]
         ]
     except (KeyError, TypeError, ValueError) as error:

@@ -1,14 +1,22 @@
-"""Tables of results: in the terminal after a run, and in the README, which `python -m bench.table` updates."""
+"""Tables of results: in the terminal after a run, and in the README, which `python -m bench.table` updates.
+
+It also writes `xray_kernels/measured.json`, by which the package chooses implementations on devices measured before.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 import sys
 from pathlib import Path
 
-from bench.results import RESULTS, ROOT, Comparison, read, row
+from bench.results import COPY, GREEN, RESULTS, ROOT, Comparison, Target, reached, read, row
+from xray_kernels import _library
 
 README = ROOT / "README.md"
+MEASURED = ROOT / "xray_kernels" / "measured.json"
+ON_CUDA = ("reference", "triton", "cuda")
 BEGIN = "<!-- results: written by `python -m bench.table` -->"
 END = "<!-- end of results -->"
 
@@ -29,11 +37,22 @@ def terminal(comparisons: list[Comparison]) -> str:
             numbers = f"{r.median * 1e3:7.2f} ms  {spread:>17}  {ratio:>7}  {r.gb_per_s:6.2f}  {r.roofline:8.0%}"
             lines.append(f"{name:{width}}  {numbers}")
         lines += [f"{name:{width}}  skipped: {why}" for name, why in c.skipped.items()]
+        lines += [f"{'target':{width}}  {verdict(c, target)}" for target in c.targets]
     lines += [
         "",
         "ratio: median of the first line over this one; roofline: share of the faster of copy and matmul limits",
     ]
     return "\n".join(lines)
+
+
+def verdict(c: Comparison, target: Target) -> str:
+    """A target, what was reached of it, and whether that is a hit or a miss."""
+    found = reached(c, target)
+    wanted = f"{target.at_least:.0%} of copy" if target.against == COPY else f"{target.at_least:g}x {target.against}"
+    if found is None:
+        return f"{wanted}: not measured"
+    shown = f"{found:.0%}" if target.against == COPY else f"{found:.2f}x"
+    return f"{wanted}: {shown}, {'hit' if found >= target.at_least else 'missed'}"
 
 
 def speeds(c: Comparison) -> str:
@@ -102,10 +121,40 @@ def update(readme: Path, folder: Path) -> bool:
     return new != text
 
 
+def fastest(comparisons: list[Comparison]) -> str | None:
+    """The implementation with the least product of medians over comparisons; only those with green parity in all."""
+    products: dict[str, float] = {}
+    for name in ON_CUDA:
+        timings = [peer for c in comparisons for peer in c.peers if peer.ours and peer.name == f"xray {name}"]
+        if len(timings) == len(comparisons) and all(timing.parity == GREEN for timing in timings):
+            products[name] = sum(math.log(statistics.median(timing.samples)) for timing in timings)
+    return min(products, key=lambda name: products[name], default=None)
+
+
+def measured(folder: Path) -> str:
+    """The text of `measured.json`: CUDA device name -> op -> dtype -> the fastest implementation.
+
+    An op is judged by the comparisons of its function's forward direction, a backward op by those of both directions.
+    """
+    table: dict[str, dict[str, dict[str, str]]] = {}
+    for file in sorted(folder.glob("*/*.json")):
+        facts, comparisons = read(file)
+        if facts["device_type"] != "cuda":
+            continue
+        for function, dtype in dict.fromkeys((c.function, c.dtype) for c in comparisons):
+            for direction, op in (("forward", function), ("forward+backward", f"{function}_backward")):
+                same = [c for c in comparisons if (c.function, c.dtype, c.direction) == (function, dtype, direction)]
+                best = fastest(same) if same and op in _library.REFERENCES else None
+                if best is not None:
+                    table.setdefault(facts["device_name"], {}).setdefault(op, {})[dtype] = best
+    return json.dumps(table, indent=1) + "\n"
+
+
 def main() -> int:
-    """Bring the README up to date; a mistake is one line."""
+    """Bring the README and `measured.json` up to date; a mistake is one line."""
     try:
         changed = update(README, RESULTS)
+        MEASURED.write_text(measured(RESULTS), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import harness, results, table
-from bench.results import GREEN, Comparison, Timing
+from bench.results import GREEN, Comparison, Target, Timing
 from xray_kernels import _library
 from xray_kernels.attention.spec import SPECS as ATTENTION
 from xray_kernels.testing import Inputs, OpSpec, nbytes
@@ -47,6 +47,7 @@ def comparison(**changes: Any) -> Comparison:
             Timing("xray reference", GREEN, [0.001, 0.002, 0.003], ours=True, default=True),
         ],
         skipped={"cleverlib": "cleverlib is not installed"},
+        targets=[Target("plain", 2.0)],
     )
     return replace(usual, **changes)
 
@@ -243,6 +244,37 @@ def test_table_of_the_terminal() -> None:
     assert any(line.split() == ["cleverlib", "skipped:", "cleverlib", "is", "not", "installed"] for line in lines)
 
 
+def test_targets_are_hit_or_missed_by_the_default() -> None:
+    wanted = [Target("plain", 2.0), Target("plain", 2.5), Target(results.COPY, 0.5), Target("absent", 1.0)]
+    c = comparison(targets=wanted)
+    assert [results.reached(c, target) for target in wanted] == [2.0, 2.0, 0.5, None]
+    lines = [line.split(maxsplit=1)[1] for line in table.terminal([c]).splitlines() if line.startswith("target")]
+    assert lines == [
+        "2x plain: 2.00x, hit",
+        "2.5x plain: 2.00x, missed",
+        "50% of copy: 50%, hit",
+        "1x absent: not measured",
+    ]
+    red = replace(c, peers=[c.peers[0], Timing("xray reference", "parity red", [], ours=True, default=True)])
+    assert results.reached(red, wanted[0]) is None
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_peer_that_does_another_thing_is_checked_against_its_own_composition(own: bool) -> None:
+    def triple(x: Tensor) -> Tensor:
+        return 3 * x
+
+    other = harness.Peer("triple", triple, composition=triple if own else None)
+    found: list[Comparison] = []
+    bench = bench_of(found, full=True)
+    if own:
+        bench.compare(SPEC, inputs(), (other, harness.Peer("double", SPEC.function)), "5 x 7", "forward")
+        assert [peer.parity for peer in found[0].peers] == [GREEN, GREEN]
+    else:
+        with pytest.raises(AssertionError, match="triple: parity red"):
+            bench.compare(SPEC, inputs(), (other,), "5 x 7", "forward")
+
+
 RED = "parity red, grad_x: error 1 over the bound 0.1"
 
 
@@ -256,7 +288,7 @@ def test_red_parity_shows_no_number() -> None:
 
 def test_a_red_baseline_gives_no_ratio() -> None:
     c = comparison()
-    c = replace(c, peers=[Timing("plain", RED, []), c.peers[1]])
+    c = replace(c, peers=[Timing("plain", RED, []), c.peers[1]], targets=[])
     text = table.terminal([c])
     assert re.search(r"\dx", text) is None
     assert "2.00 ms" in text

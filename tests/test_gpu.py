@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import xray_kernels
-from xray_kernels import testing
-from xray_kernels.testing import Case, OpSpec
+from xray_kernels import _library, testing
+from xray_kernels.testing import Case, Inputs, OpSpec
+from xray_kernels.token_reorganize import spec as token_reorganize
 
 SPECS: list[OpSpec] = [
     spec
@@ -19,23 +22,112 @@ SPECS: list[OpSpec] = [
     for spec in importlib.import_module(f"xray_kernels.{module.name}.spec").SPECS
 ]
 OP_CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS for case in spec.cases]
+FIRST_CASES = [pytest.param(spec, spec.cases[0], id=spec.name) for spec in SPECS]
+REORGANIZE = [pytest.param(spec, id=spec.name) for spec in token_reorganize.SPECS]
+HALVES = [torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.fixture(params=testing.implementations("cuda"))
+def implementation(request: pytest.FixtureRequest) -> Any:
+    """Every implementation that some op has on this device, forced for all ops."""
+    with testing.use_implementation(request.param):
+        yield request.param
+
+
+def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
+    return case.make(dtype, torch.device("cuda"), torch.Generator().manual_seed(0))
+
+
+def outcome(function: Any, inputs: Inputs) -> dict[str, Tensor]:
+    outputs, grads = testing.run(function, inputs)
+    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
+
+
+def check(spec: OpSpec, inputs: Inputs, given: Inputs, what: str) -> None:
+    oracle = outcome(spec.composition, testing.convert(inputs, torch.float64))
+    yardstick = outcome(spec.composition, inputs)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what a kernel forgot to write with NaN
+    try:
+        actual = outcome(spec.function, given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    testing.assert_within_rule(actual, yardstick, oracle, what=f"{spec.name} {what} on CUDA")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize(("spec", "case"), OP_CASES)
-def test_outputs_and_gradients_within_rule(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+def test_outputs_and_gradients_within_rule(spec: OpSpec, case: Case, dtype: torch.dtype, implementation: str) -> None:
     if dtype not in spec.dtypes:
         pytest.skip(f"{spec.name} does not take {dtype}")
-    inputs = case.make(dtype, torch.device("cuda"), torch.Generator().manual_seed(0))
-    results = []
-    for function, given in (
-        (spec.composition, testing.convert(inputs, torch.float64)),
-        (spec.composition, inputs),
-        (spec.function, inputs),
-    ):
-        outputs, grads = testing.run(function, given)
-        results.append({**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}})
-    oracle, yardstick, actual = results
-    testing.assert_within_rule(actual, yardstick, oracle, what=f"{spec.name} {case.name} {dtype} on CUDA")
+    inputs = make(case, dtype)
+    check(spec, inputs, inputs, f"[{implementation}] {case.name} {dtype}")
+
+
+@pytest.mark.parametrize(("spec", "case"), OP_CASES)
+def test_strides_do_not_matter(spec: OpSpec, case: Case, implementation: str) -> None:
+    inputs = make(case)
+    strided = {
+        name: value.mT.contiguous().mT if isinstance(value, Tensor) and value.dim() >= 2 else value
+        for name, value in inputs.items()
+    }
+    check(spec, inputs, strided, f"[{implementation}] {case.name} strided")
+
+
+@pytest.mark.parametrize(("spec", "case"), FIRST_CASES)
+def test_two_runs_are_bit_equal(spec: OpSpec, case: Case, implementation: str) -> None:
+    inputs = make(case)
+    first, second = outcome(spec.function, inputs), outcome(spec.function, inputs)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", [(2, 197, 768, 138), (2, 577, 1024, 404), (1, 1569, 768, 1098), (1, 8193, 64, 5734)])
+@pytest.mark.parametrize("spec", REORGANIZE)
+def test_real_shapes(spec: OpSpec, shape: tuple[int, int, int, int], dtype: torch.dtype, implementation: str) -> None:
+    """Batch, tokens, channels and kept tokens of images and of clips, one of 8,192 candidates."""
+    batch, length, channels, keep = shape
+    case = token_reorganize._case(str(shape), batch, length, channels, keep)
+    inputs = make(token_reorganize._seam(case) if spec.name == "add_reorganize_norm" else case, dtype)
+    check(spec, inputs, inputs, f"[{implementation}] {shape} {dtype}")
+
+
+@pytest.mark.parametrize("spec", REORGANIZE)
+def test_replays_in_a_graph(spec: OpSpec, implementation: str) -> None:
+    """Captured once, replayed on other values in the same memory."""
+    inputs, others = make(spec.cases[0]), make(spec.cases[0])
+    others["scores"].copy_(others["scores"].flip(1))
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            spec.function(**inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = spec.function(**inputs)
+        wanted = spec.function(**others)
+        inputs["scores"].copy_(others["scores"])
+        graph.replay()
+    assert all(torch.equal(got, want) for got, want in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("name", sorted(_library.TRITON))
+def test_triton_passes_its_first_use_check(name: str, dtype: torch.dtype) -> None:
+    if not _library.has_triton():
+        pytest.skip("Triton is not installed")
+    assert _library.checked(name, dtype, torch.device("cuda")) == "triton"
+
+
+@pytest.mark.parametrize(("spec", "case"), FIRST_CASES)
+def test_what_runs_by_default(spec: OpSpec, case: Case) -> None:
+    """Nothing forced: the choice, with its first-use check, and the ops compiled by torch.compile on top of it."""
+    inputs = make(case)
+    check(spec, inputs, inputs, "by default")
+    torch.compiler.reset()
+    compiled = torch.compile(lambda kwargs: spec.function(**kwargs), fullgraph=True, backend="aot_eager")
+    expected, actual = outcome(spec.function, inputs), outcome(lambda **kwargs: compiled(kwargs), inputs)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-4)

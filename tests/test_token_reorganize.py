@@ -87,6 +87,32 @@ def test_every_split_of_the_work_gives_the_same_bits(batch: int, implementation:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_every_split_of_the_seam_agrees(batch: int, implementation: str) -> None:
+    """Forward to the bit; backward up to the order in which the gradients of weight and bias are summed."""
+    inputs: dict[str, Any] = {
+        "residual": torch.randn(batch, 70, 200),
+        "update": torch.randn(batch, 70, 200),
+        "scores": torch.rand(batch, 69),
+        "num_keep": 40,
+        "weight": torch.randn(200),
+        "bias": torch.randn(200),
+    }
+    threads = torch.get_num_threads()
+    seen = []
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            with testing.use_implementation(implementation):
+                seen.append(testing.run(ops.add_reorganize_norm, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    (outputs, grads), (split_outputs, split_grads) = seen
+    assert all(torch.equal(outputs[name], split_outputs[name]) for name in outputs)
+    for name, grad in grads.items():
+        torch.testing.assert_close(split_grads[name], grad, rtol=1e-4, atol=1e-4)
+
+
 def test_expanded_tokens_and_scores(implementation: str) -> None:
     """Stride 0 in any dimension."""
     tokens = torch.randn(1, 12, 1).expand(3, 12, 20)

@@ -2,16 +2,21 @@
 
 PyTorch's dispatcher is the only dispatcher. An op is defined here once: its schema, its pure PyTorch reference for
 every device, its shapes for tracing, its gradient. Compiled implementations register for one device key when their
-library is loaded and so take the reference's place there.
+library is loaded and so take the reference's place there. On CUDA, where an op can have Triton and C++ kernels side by
+side, a small function holds the key and passes the call on to what `select` says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import importlib.util
+import json
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,10 @@ CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 
 REFERENCES: dict[str, Callable[..., Any]] = {}
 """All ops defined so far, in order: name -> pure PyTorch reference."""
+TRITON: dict[str, str] = {}
+"""Ops that have a Triton kernel: name -> module with a function of that name. Importing it imports Triton."""
+CUDA_KERNELS: dict[str, Any] = {}
+"""Ops that have a C++ kernel for CUDA in a loaded library: name -> that kernel."""
 LOADED: dict[str, Path] = {}
 """Compiled op libraries that are in use: name -> file."""
 FAILED: dict[str, str] = {}
@@ -36,6 +45,7 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    triton: str | None = None,
 ) -> Any:
     """Define one op of the package and return its overload, ready to call.
 
@@ -46,6 +56,9 @@ def define(
         backward: `backward(ctx, *grads)`, a gradient for each input. None makes a second derivative a clear error
             (this is how backward ops are declared).
         setup_context: `setup_context(ctx, inputs, output)` for `backward`.
+        triton: name of a module that holds the op's Triton implementation, a function with the name and the arguments
+            of the op, and `samples(name, dtype, device)`, small arguments to check it with. It is imported when a
+            CUDA device needs it, not before.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -59,6 +72,8 @@ def define(
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     REFERENCES[name] = _without_autocast(reference)
+    if triton is not None:
+        TRITON[name] = triton
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -89,18 +104,26 @@ def compiled_file(name: str) -> Path | None:
 def load_compiled() -> None:
     """Load the op libraries that were built and are wanted; record what is in use and what is not, and why."""
     asked = choice()
-    if asked == "triton":
-        raise RuntimeError("XRAY_KERNELS=triton needs Triton kernels, and this version has none; use auto or cuda")
-    _load("_cpu", wanted=asked in ("auto", "cpu"), required=asked == "cpu")
+    if asked in ("triton", "cuda") and torch.version.cuda is None:
+        raise RuntimeError(f"XRAY_KERNELS={asked} needs a PyTorch built with CUDA; this one is built for the CPU only")
+    if asked == "triton" and not has_triton():
+        raise RuntimeError("XRAY_KERNELS=triton needs Triton, which is not installed: pip install triton")
+    _load("_cpu", wanted=asked in ("auto", "cpu"), required=asked == "cpu", otherwise="the PyTorch reference is used")
     if torch.version.cuda is None:
         FAILED["_cuda"] = "this PyTorch is built without CUDA"
-        if asked == "cuda":
-            raise RuntimeError("XRAY_KERNELS=cuda needs a PyTorch built with CUDA; this one is built for the CPU only")
-    else:
-        _load("_cuda", wanted=asked == "cuda", required=asked == "cuda")
+        return
+    _load("_cuda", wanted=asked in ("auto", "cuda"), required=asked == "cuda", otherwise="its kernels are not used")
+    if "_cuda" in LOADED:
+        for name in REFERENCES:
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
+                CUDA_KERNELS[name] = torch.library.get_kernel(f"{NAMESPACE}::{name}", "CUDA")
+    if asked in ("auto", "triton"):
+        for name in REFERENCES:
+            if len(available_on_cuda(name)) > 1:
+                override(LIBRARY, name, choose_on_cuda(name), "CUDA")
 
 
-def _load(name: str, *, wanted: bool, required: bool) -> None:
+def _load(name: str, *, wanted: bool, required: bool, otherwise: str) -> None:
     file = compiled_file(name)
     if file is None:
         FAILED[name] = "not built (pip install -e . builds it; XRAY_CUDA=1 asks for _cuda)"
@@ -113,19 +136,161 @@ def _load(name: str, *, wanted: bool, required: bool) -> None:
         except OSError as error:
             FAILED[name] = str(error)
             if not required:
-                warnings.warn(
-                    f"{file.name} did not load, so the PyTorch reference is used instead: {error}",
-                    stacklevel=2,
-                )
+                warnings.warn(f"{file.name} did not load, so {otherwise} instead: {error}", stacklevel=2)
     if required and name not in LOADED:
         raise RuntimeError(f"XRAY_KERNELS={choice()} needs {name}, which is not usable: {FAILED[name]}")
 
 
-def implementation(name: str, device: str) -> str:
-    """Which implementation of op `name` runs on `device` ("cpu" or "cuda"): "reference", "cpu" or "cuda"."""
+def override(library: torch.library.Library, name: str, function: Callable[..., Any], key: str) -> None:
+    """Register `function(keyset, *args)` for a key that may have a kernel, which comes back when `library` goes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        library.impl(name, function, key, with_keyset=True, allow_override=True)
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def available_on_cuda(name: str) -> list[str]:
+    """The implementations that op `name` has for CUDA here, the reference first."""
+    return [
+        "reference",
+        *(["triton"] if name in TRITON and has_triton() else []),
+        *(["cuda"] if name in CUDA_KERNELS else []),
+    ]
+
+
+def select(asked: str, measured: str | None, available: Collection[str]) -> str:
+    """The implementation of one op on CUDA: what was asked for, else what was measured fastest, else Triton.
+
+    Args:
+        asked: the value of `XRAY_KERNELS`.
+        measured: the fastest in the result files of this device, None where there is none.
+        available: what the op has; the reference stands in for what it lacks.
+    """
+    if asked != "auto":
+        return asked if asked in available else "reference"
+    if measured is not None and measured in available:
+        return measured
+    return "triton" if "triton" in available else "reference"
+
+
+@functools.cache
+def measured_table() -> dict[str, dict[str, dict[str, str]]]:
+    """Device name -> op -> dtype -> the fastest implementation; `python -m bench.table` writes it from result files."""
+    return json.loads((Path(__file__).parent / "measured.json").read_text(encoding="utf-8"))
+
+
+def fastest(name: str, dtype: torch.dtype, device_name: str) -> str | None:
+    """The fastest implementation of an op by the committed results of a device, None where there are none."""
+    return measured_table().get(device_name, {}).get(name, {}).get(str(dtype).removeprefix("torch."))
+
+
+def cuda_function(name: str, chosen: str) -> Callable[..., Any]:
+    """An implementation of op `name` as `function(keyset, *args)`; the reference where the op lacks it."""
+    if chosen == "cuda" and name in CUDA_KERNELS:
+        return CUDA_KERNELS[name].call_boxed
+    function = REFERENCES[name]
+    if chosen == "triton" and name in TRITON:
+        function = _without_autocast(getattr(importlib.import_module(TRITON[name]), name))
+    return lambda keyset, *args: function(*args)
+
+
+_DECIDED: dict[tuple[str, torch.dtype, int | None], tuple[str, Callable[..., Any]]] = {}
+_DECIDING = threading.Lock()
+
+
+def choose_on_cuda(name: str) -> Callable[..., Any]:
+    """What stands at the CUDA key of op `name`: decides once for each dtype and device, then passes calls on."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        dtype, device = args[0].dtype, args[0].device
+        decided = _DECIDED.get((name, dtype, device.index))
+        if decided is None:
+            with _DECIDING:
+                decided = _DECIDED.get((name, dtype, device.index)) or _decide(name, dtype, device)
+        return decided[1](keyset, *args)
+
+    return run
+
+
+def _decide(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, Callable[..., Any]]:
+    """The implementation for a dtype and device; one that was not measured here is first compared with the reference.
+
+    Comparing waits for the device, which a CUDA graph that is being captured does not allow: such a call gets the
+    reference, and the next one decides.
+    """
+    asked, measured = choice(), fastest(name, dtype, torch.cuda.get_device_name(device))
+    chosen = select(asked, measured, available_on_cuda(name))
+    if chosen == "triton" and asked == "auto" and measured is None and dtype != torch.float64:
+        if torch.cuda.is_current_stream_capturing():
+            return "reference", cuda_function(name, "reference")
+        chosen = checked(name, dtype, device)
+    _DECIDED[name, dtype, device.index] = chosen, cuda_function(name, chosen)
+    return _DECIDED[name, dtype, device.index]
+
+
+def checked(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """ "triton" when it agrees with the reference on small samples; otherwise "reference", and a warning says why."""
+    try:
+        module = importlib.import_module(TRITON[name])
+        disagreement = next(
+            (
+                found
+                for args in module.samples(name, dtype, device)
+                if (found := compare(getattr(module, name)(*args), args, REFERENCES[name]))
+            ),
+            None,
+        )
+    except Exception as error:  # whatever goes wrong in a compiler or a driver, the reference is there
+        disagreement = f"{type(error).__name__}: {error}"
+    if disagreement is None:
+        return "triton"
+    warnings.warn(
+        f"the Triton kernel of {name} is not used for {dtype} on {device}, where it failed its check against the"
+        f" PyTorch reference, which is used instead and is slower: {disagreement}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "reference"
+
+
+def compare(actual: tuple[Any, ...], args: tuple[Any, ...], reference: Callable[..., Any]) -> str | None:
+    """How outputs differ from the reference in float64 by more than rounding; None when they do not."""
+    wide = [arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
+    for number, (got, truth) in enumerate(zip(actual, reference(*wide), strict=True)):
+        if got.shape != truth.shape:
+            return f"output {number} has shape {tuple(got.shape)}, the reference's has {tuple(truth.shape)}"
+        if not got.is_floating_point():
+            if not torch.equal(got, truth):
+                return f"output {number}, {got.dtype}, differs"
+            continue
+        error = float((got.double() - truth).abs().amax())
+        allowed = (1e-4 + 4 * torch.finfo(got.dtype).eps) * max(1.0, float(truth.abs().amax()))
+        if not error <= allowed:
+            return f"output {number} differs by {error:.3g}, more than {allowed:.3g}"
+    return None
+
+
+def implementation(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
+    """Which implementation of op `name` runs on `device` ("cpu" or "cuda"): "reference", "cpu", "triton" or "cuda".
+
+    On CUDA an answer of "triton" holds until the first call, whose check may end with the reference.
+    """
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    has_own = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
-    return device if has_own else "reference"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+        return "reference"
+    if device == "cpu":
+        return "cpu"
+    measured = None
+    if torch.cuda.is_available():
+        decided = _DECIDED.get((name, dtype, torch.cuda.current_device()))
+        if decided is not None:
+            return decided[0]
+        measured = fastest(name, dtype, torch.cuda.get_device_name())
+    return select(choice(), measured, available_on_cuda(name))
 
 
 CAPABILITIES = ("baseline", "avx2", "avx512")

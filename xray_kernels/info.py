@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -39,6 +40,7 @@ def report() -> str:
         *(f"{name}: {value}" for name, value in build_info().items()),
         *(f"{name}: loaded, {file.name}" for name, file in _library.LOADED.items()),
         *(f"{name}: {why}" for name, why in _library.FAILED.items()),
+        f"triton: {importlib.metadata.version('triton') if _library.has_triton() else 'not installed'}",
         f"instruction sets: {', '.join(_library.cpu_capabilities()) or 'none compiled'}",
         "",
         f"{'op':34}{'cpu':12}{'cuda':12}measured on",

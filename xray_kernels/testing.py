@@ -131,25 +131,32 @@ def implementations(device: str = "cpu") -> list[str]:
     names = ["reference"]
     if device == "cpu" and "_cpu" in _library.LOADED:
         names += [f"cpu-{level}" for level in _library.cpu_capabilities()]
-    if device == "cuda" and "_cuda" in _library.LOADED:
-        names.append("cuda")
+    if device == "cuda" and torch.cuda.is_available():
+        here = {name for op in _library.REFERENCES for name in _library.available_on_cuda(op)}
+        names += [name for name in ("triton", "cuda") if name in here]
     return names
 
 
 @contextlib.contextmanager
 def use_implementation(name: str) -> Iterator[None]:
-    """Force one of `implementations()` on the CPU for all ops inside the block."""
-    if name == "reference":
-        library = torch.library.Library(_library.NAMESPACE, "IMPL")
-        try:
-            for op, reference in _library.REFERENCES.items():
-                if _library.implementation(op, "cpu") != "reference":
-                    library.impl(op, reference, "CPU", allow_override=True)
-            yield
-        finally:
-            library._destroy()
-    elif name.startswith("cpu-") and name in implementations("cpu"):
+    """Force one of `implementations()` for all ops inside the block: of both devices, or of the one that has it.
+
+    The reference is forced everywhere. "triton" and "cuda" stand for the reference in ops that lack them.
+    """
+    if name.startswith("cpu-") and name in implementations("cpu"):
         with _library.cpu_capability(name.removeprefix("cpu-")):
             yield
-    else:
-        raise ValueError(f"implementation must be one of {', '.join(implementations('cpu'))}, got {name!r}")
+        return
+    if name not in implementations("cpu") + implementations("cuda") or name.startswith("cpu-"):
+        known = dict.fromkeys(implementations("cpu") + implementations("cuda"))
+        raise ValueError(f"implementation must be one of {', '.join(known)}, got {name!r}")
+    library = torch.library.Library(_library.NAMESPACE, "IMPL")
+    try:
+        for op in _library.REFERENCES:
+            if name == "reference" and _library.implementation(op, "cpu") != "reference":
+                _library.override(library, op, _library.cuda_function(op, name), "CPU")
+            if torch.cuda.is_available():
+                _library.override(library, op, _library.cuda_function(op, name), "CUDA")
+        yield
+    finally:
+        library._destroy()

@@ -94,16 +94,20 @@ def _backward_add_reorganize_norm(
     return grad_tokens, grad_tokens, grad_scores, None, grad_weight, grad_bias, None, None, None
 
 
+_TRITON = "xray_kernels.token_reorganize.triton"
+
 _reorganize_backward = _library.define(
     "reorganize_tokens_backward(Tensor grad, Tensor tokens, Tensor scores, Tensor indices,"
     " SymInt num_prefix_tokens, bool fuse) -> (Tensor, Tensor)",
     reference=reference.reorganize_tokens_backward,
+    triton=_TRITON,
     fake=_fake_reorganize_backward,
 )
 _reorganize = _library.define(
     "reorganize_tokens(Tensor tokens, Tensor scores, SymInt num_keep, SymInt num_prefix_tokens, bool fuse)"
     " -> (Tensor, Tensor)",
     reference=reference.reorganize_tokens,
+    triton=_TRITON,
     fake=_fake_reorganize,
     backward=_backward_reorganize,
     setup_context=_setup_reorganize,
@@ -113,12 +117,14 @@ _add_reorganize_norm_backward = _library.define(
     " Tensor scores, Tensor indices, Tensor stream, Tensor weight, Tensor bias, float eps,"
     " SymInt num_prefix_tokens, bool fuse) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.add_reorganize_norm_backward,
+    triton=_TRITON,
     fake=_fake_add_reorganize_norm_backward,
 )
 _add_reorganize_norm = _library.define(
     "add_reorganize_norm(Tensor residual, Tensor update, Tensor scores, SymInt num_keep, Tensor weight, Tensor bias,"
     " float eps, SymInt num_prefix_tokens, bool fuse) -> (Tensor, Tensor, Tensor)",
     reference=reference.add_reorganize_norm,
+    triton=_TRITON,
     fake=_fake_add_reorganize_norm,
     backward=_backward_add_reorganize_norm,
     setup_context=_setup_add_reorganize_norm,

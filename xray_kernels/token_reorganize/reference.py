@@ -82,9 +82,9 @@ def add_reorganize_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of residual (which are update's too), scores, weight and bias: LayerNorm's, then reorganisation's."""
     wide = torch.promote_types(stream.dtype, torch.float32)
-    variance, mean = torch.var_mean(stream.to(wide), dim=-1, correction=0, keepdim=True)
-    inverse = (variance + eps).rsqrt()
-    unit = (stream.to(wide) - mean) * inverse
+    apart = stream.to(wide) - stream.to(wide).mean(-1, keepdim=True)
+    inverse = (apart.square().mean(-1, keepdim=True) + eps).rsqrt()
+    unit = apart * inverse
     grad_normed = grad_normed.to(wide)
     grad_unit = grad_normed * weight.to(wide)
     along = (grad_unit * unit).mean(-1, keepdim=True)

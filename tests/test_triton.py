@@ -1,0 +1,163 @@
+"""The Triton kernels without a GPU: what they compute, by the interpreter, and that their cubins do not spill."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+triton = pytest.importorskip("triton")
+SHAPES = {
+    "A": (64, 197, 768, 138),
+    "A, one sample": (1, 197, 768, 138),
+    "B": (8, 1569, 768, 1098),
+    "C": (64, 577, 1024, 404),
+    "8,192 candidates": (1, 8193, 768, 5734),
+}
+"""B, N, C, K."""
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def test_interpreted_kernels() -> None:
+    """All of `triton_interpreted.py`, in a process whose Triton interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreted.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 60
+    assert "skipped" not in done.stdout
+
+
+class Launch(NamedTuple):
+    """What Triton would compile for one launch."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    options: dict[str, Any]
+
+
+def specialise(kernel: Any, values: dict[str, Any], options: dict[str, Any]) -> Launch:
+    """What Triton's launcher derives from arguments whose memory is 16-byte aligned."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for number, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            is_pointer = isinstance(value, torch.Tensor)
+            wide = not is_pointer and not -(2**31) <= value < 2**31
+            signature[name] = TYPES[value.dtype] if is_pointer else "i64" if wide else "i32"
+            if is_pointer or (special and value % 16 == 0):
+                attributes[number,] = [["tt.divisibility", 16]]
+    return Launch(kernel, signature, constants, attributes, options)
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` makes on tensors without memory, each once."""
+    found: dict[str, Launch] = {}
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        options = {name: value for name, value in named.items() if name not in names}
+        values = {**dict(zip(names, args, strict=False)), **{k: v for k, v in named.items() if k in names}}
+        launch = specialise(self, values, options)
+        found[repr((self.__name__, *launch[1:]))] = launch
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", record)
+    call()
+    return list(found.values())
+
+
+def both_directions(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Every op of the family once, on meta tensors."""
+    from xray_kernels.token_reorganize import triton as kernels
+
+    batch, length, channels, keep = shape
+    residual = torch.empty(batch, length, channels, dtype=dtype, device="meta")
+    scores = torch.empty(batch, length - 1, device="meta")
+    weight = torch.empty(channels, dtype=dtype, device="meta")
+    out, indices = kernels.reorganize_tokens(residual, scores, keep, 1, True)
+    kernels.reorganize_tokens_backward(out, residual, scores, indices, 1, True)
+    kernels.add_reorganize_norm(residual, residual, scores, keep, weight, weight, 1e-6, 1, True)
+    kernels.add_reorganize_norm_backward(
+        out, out, residual, residual, scores, indices, out, weight, weight, 1e-6, 1, True
+    )
+
+
+def every_shape(dtype: torch.dtype) -> None:
+    for shape in SHAPES.values():
+        both_directions(shape, dtype)
+
+
+def stack_bytes(launch: Launch, architecture: int, folder: Path) -> int:
+    """Bytes of stack a thread of the compiled kernel uses: what does not fit into registers."""
+    source = triton.compiler.ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=launch.options)
+    file = folder / f"{architecture}.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", usage.stdout)
+    assert found is not None, usage.stdout
+    return int(found[1])
+
+
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    try:
+        assert triton.knobs.nvidia.ptxas.path
+        assert triton.knobs.nvidia.cuobjdump.path
+    except RuntimeError as error:
+        pytest.skip(f"Triton lacks its CUDA tools: {error}")
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100], ids=lambda number: f"sm_{number}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_compile_without_spills(
+    dtype: torch.dtype, architecture: int, compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = launches(monkeypatch, functools.partial(every_shape, dtype))
+    names = {launch.kernel.__name__ for launch in found}
+    assert len(names) == 8, names
+    spilled = {}
+    for launch in found:
+        if stack := stack_bytes(launch, architecture, tmp_path):
+            constants = {name: value for name, value in launch.constants.items() if name.isupper()}
+            spilled[f"{launch.kernel.__name__} {constants}"] = stack
+    assert not spilled
+
+
+def test_a_spill_would_be_seen(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same kernels with too few registers: the gate is able to fail."""
+    found = launches(monkeypatch, lambda: both_directions(SHAPES["B"], torch.float32))
+    launch = next(launch for launch in found if launch.kernel.__name__ == "norm_backward_kernel")
+    assert stack_bytes(launch._replace(options={**launch.options, "maxnreg": 32}), 90, tmp_path) > 16
