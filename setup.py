@@ -42,6 +42,7 @@ COMMON = [
     "-Wno-psabi",
     "-Wno-ignored-attributes",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",  # GCC 12 sees some in its own AVX-512 header
     "-fvisibility=hidden",
 ]
 LINK = ["-Wl,--no-as-needed", "-ltorch"]
@@ -61,7 +62,7 @@ def wants_cuda() -> bool:
 def cpu_library() -> cpp_extension.CppExtension:
     return cpp_extension.CppExtension(
         "xray_kernels._cpu",
-        ["csrc/common/capability.cpp", "csrc/token_reorganize/cpu.cpp"],
+        ["csrc/common/capability.cpp", "csrc/token_reorganize/cpu.cpp", "csrc/token_reorganize/cpu_norm.cpp"],
         include_dirs=[INCLUDE],
         py_limited_api=True,
         extra_compile_args={"cxx": [*COMMON, STABLE_ABI]},
@@ -76,7 +77,7 @@ def cuda_library() -> cpp_extension.CppExtension:
     undo += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     return cpp_extension.CppExtension(
         "xray_kernels._cuda",
-        ["csrc/token_reorganize/cuda_bindings.cpp", "csrc/token_reorganize/cuda.cu"],
+        [f"csrc/token_reorganize/{file}" for file in ("cuda_bindings.cpp", "cuda.cu", "cuda_backward.cu")],
         include_dirs=[INCLUDE, f"{CUDA_HOME}/include"],
         py_limited_api=True,
         extra_compile_args={

@@ -47,4 +47,32 @@ PYBIND11_MODULE(_host, m) {
       "plan_channel_pieces", &xray::plan_channel_pieces,
       "Pieces into which token_reorganize splits the channels of each batch row.", pybind11::arg("batch"),
       pybind11::arg("channels"), pybind11::arg("element_size"), pybind11::arg("threads"));
+  m.def(
+      "plan_reorganize",
+      [](int64_t batch, int64_t length, int64_t keep, int64_t channels, int64_t element_size, bool norm,
+         int64_t processors) {
+        const int64_t lanes = 16 / element_size;
+        const xray::ReorganizePlan plan =
+            xray::plan_reorganize(batch, length, 1, keep, channels / lanes, 16, lanes, /*fuse=*/true, norm, processors);
+        return std::map<std::string, int64_t>{
+            {"rows", plan.rows},
+            {"copy_blocks", plan.copy_blocks},
+            {"fuse_vectors", plan.fuse_vectors},
+            {"fuse_blocks", plan.fuse_blocks},
+            {"select_bytes", plan.select_bytes},
+            {"held_bytes", plan.held_bytes}};
+      },
+      "How the CUDA forward of token_reorganize splits one prefix token and 16-byte vectors over the processors.",
+      pybind11::arg("batch"), pybind11::arg("length"), pybind11::arg("keep"), pybind11::arg("channels"),
+      pybind11::arg("element_size"), pybind11::arg("norm"), pybind11::arg("processors"));
+  m.def(
+      "plan_reorganize_backward",
+      [](int64_t batch, int64_t length, int64_t keep, int64_t channels, int64_t element_size, bool norm,
+         int64_t processors) {
+        const xray::ReorganizeBackwardPlan plan =
+            xray::plan_reorganize_backward(batch, length, keep, channels * element_size / 16, 16, norm, processors);
+        return std::map<std::string, int64_t>{{"threads", plan.threads}, {"rows", plan.rows}, {"blocks", plan.blocks}};
+      },
+      "The same for the CUDA backward.", pybind11::arg("batch"), pybind11::arg("length"), pybind11::arg("keep"),
+      pybind11::arg("channels"), pybind11::arg("element_size"), pybind11::arg("norm"), pybind11::arg("processors"));
 }

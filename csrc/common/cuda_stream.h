@@ -9,14 +9,25 @@
 
 namespace xray {
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
+// Makes the tensor's device the current one for the life of this.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const {
+    return stream_;
+  }
 
-inline void check_launch(cudaError_t error, const char* kernel) {
-  STD_TORCH_CHECK(error == cudaSuccess, kernel, " did not launch: ", cudaGetErrorString(error));
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+inline void check_launch(cudaError_t error, const char* op) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, " did not launch: ", cudaGetErrorString(error));
 }
 
 }  // namespace xray

@@ -50,9 +50,9 @@ struct ReorganizePlan {
 
 // `vectors` of `vector_bytes` make a row of `lanes_per_vector` elements each; `processors` is the number of SMs.
 //
-// Every copying block orders the scores again, about candidates / 5 issue cycles of its SM, and moves its rows at the
-// SM's share of the memory, about row_bytes / 9 cycles a row: so at least 8 * candidates / row_bytes rows keep the
-// first below a quarter of the second, and beyond that four blocks an SM hide each other's waiting.
+// Every copying block orders the scores again, in about 0.4 issue cycles of its SM a candidate, and moves its rows at
+// the SM's share of the memory, about row_bytes / 9 cycles a row: with at least 8 * candidates / row_bytes rows the
+// first is less than half of the second, and the SM's other blocks fill it. Beyond that, four blocks an SM.
 //
 // LayerNorm needs the whole fused row, so with `norm` one block sums all of it, at about 28 bytes a cycle where all SMs
 // together move 15 a cycle each. Where that would outlast the rest, the row is sliced like any other and a second,
@@ -102,10 +102,10 @@ struct ReorganizeBackwardPlan {
   int64_t blocks;  // for each batch row
 };
 
-// Every block reads all kept indices of its batch row (8 bytes each) to find those of its rows; at least 16 bytes of
-// rows for each of them keep that a small share. Without `norm` a warp takes a row, six blocks of up to four warps an
-// SM. With it all threads of a block share a row, a vector each, and every block leaves a partial sum of the weight's
-// and the bias' gradient: at least two rows a block, and blocks for 640 threads an SM.
+// Every block reads all kept indices of its batch row (8 bytes each, from L2) to find those of its rows, so it has at
+// least as many bytes of rows. Without `norm` a warp takes a row: six blocks an SM, of up to four warps. With it all
+// threads of a block share a row, a vector each, and every block leaves a partial sum of the weight's and the bias'
+// gradient: at least two rows a block, and blocks for 640 threads an SM.
 inline ReorganizeBackwardPlan plan_reorganize_backward(
     int64_t batch, int64_t length, int64_t keep, int64_t vectors, int64_t vector_bytes, bool norm, int64_t processors) {
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -114,7 +114,7 @@ inline ReorganizeBackwardPlan plan_reorganize_backward(
   batch = std::max<int64_t>(batch, 1);
   const int64_t norm_threads = std::min<int64_t>(512, std::max<int64_t>(1, divide_up(vectors, 32)) * 32);
   const int64_t wanted = norm ? std::max<int64_t>(2, 640 / norm_threads) * processors : 6 * processors;
-  plan.rows = std::max(divide_up(length, divide_up(wanted, batch)), divide_up(16 * keep, row_bytes));
+  plan.rows = std::max(divide_up(length, divide_up(wanted, batch)), divide_up(8 * keep, row_bytes));
   plan.rows = std::min({std::max<int64_t>(plan.rows, norm ? 2 : 1), length, int64_t{4096}});
   plan.blocks = divide_up(length, plan.rows);
   plan.threads = norm ? norm_threads : 32 * std::min<int64_t>(4, plan.rows);

@@ -7,80 +7,148 @@
 namespace xray {
 namespace {
 
-Element element(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
+Element element(const Tensor& tokens) {
+  switch (tokens.scalar_type()) {
     case ScalarType::Float:
       return Element::kFloat;
     case ScalarType::Half:
       return Element::kHalf;
     case ScalarType::BFloat16:
       return Element::kBFloat16;
-    case ScalarType::Double:
-      return Element::kDouble;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+      STD_TORCH_CHECK(
+          false,
+          "tokens must be float32, float16 or bfloat16 for the CUDA kernel (XRAY_KERNELS=reference takes float64)");
   }
 }
 
-ReorganizeShape shape_of(const Tensor& tokens, const Tensor& scores, int64_t keep, int64_t prefix, bool fuse) {
-  return {tokens.size(0),   tokens.size(1),   tokens.size(2),   prefix,           keep,
-          tokens.stride(0), tokens.stride(1), scores.stride(0), scores.stride(1), fuse};
+RowsIn rows(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
-// Selection compares 32-bit keys; float64 scores are for checking gradients and would lose their order.
-void check_limits(const ReorganizeShape& shape, const Tensor& scores) {
-  const int64_t candidates = shape.length - shape.prefix;
+ScoresIn scores_in(const Tensor& scores, const Tensor& tokens) {
+  STD_TORCH_CHECK(
+      scores.scalar_type() == ScalarType::Float || scores.scalar_type() == tokens.scalar_type(),
+      "scores must be float32 or the dtype of the tokens for the CUDA kernel");
+  return {scores.const_data_ptr(), scores.stride(0), scores.stride(1), scores.scalar_type() == ScalarType::Float};
+}
+
+ReorganizeShape shape_of(const Tensor& tokens, int64_t keep, int64_t prefix, bool fuse) {
+  const ReorganizeShape shape{tokens.size(0), tokens.size(1), tokens.size(2), prefix, keep, fuse};
+  const int64_t candidates = shape.length - prefix;
   STD_TORCH_CHECK(
       candidates <= kMostCandidates, "tokens has ", candidates, " candidates; the CUDA kernel takes at most ",
       kMostCandidates, " (XRAY_KERNELS=reference takes any number)");
-  STD_TORCH_CHECK(shape.batch <= 65535, "tokens has a batch of ", shape.batch, "; the CUDA kernel takes at most 65535");
+  STD_TORCH_CHECK(0 < keep && keep <= candidates, "num_keep must be from 1 to ", candidates, ", got ", keep);
   STD_TORCH_CHECK(
-      scores.scalar_type() != ScalarType::Double,
-      "scores must be float32, float16 or bfloat16 for the CUDA kernel (XRAY_KERNELS=reference takes float64)");
+      shape.length <= INT32_MAX && shape.channels <= INT32_MAX, "tokens must have fewer than 2^31 rows and channels");
+  return shape;
+}
+
+Tensor new_indices(const Tensor& tokens, int64_t keep) {
+  return torch::stable::new_empty(tokens, {tokens.size(0), keep}, ScalarType::Long);
 }
 
 std::tuple<Tensor, Tensor> reorganize_tokens(Tensor tokens, Tensor scores, int64_t keep, int64_t prefix, bool fuse) {
+  const OnDevice device(tokens);
   tokens = with_dense_rows(tokens);
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
-  const ReorganizeShape shape = shape_of(tokens, scores, keep, prefix, fuse);
-  check_limits(shape, scores);
-  Tensor out = torch::stable::new_empty(tokens, {shape.batch, prefix + keep + fuse, shape.channels});
-  Tensor indices = torch::stable::new_empty(tokens, {shape.batch, keep}, ScalarType::Long);
-  Tensor place = torch::stable::new_empty(tokens, {shape.batch, shape.length - prefix}, ScalarType::Int);
-  if (shape.batch == 0) return {out, indices};
-  auto* index = static_cast<int64_t*>(indices.mutable_data_ptr());
-  auto* places = static_cast<int32_t*>(place.mutable_data_ptr());
-  const cudaStream_t stream = current_stream(tokens);
-  check_launch(
-      launch_select(scores.const_data_ptr(), element(scores, "scores"), index, places, shape, stream), "selection");
-  check_launch(
-      launch_reorganize(
-          tokens.const_data_ptr(), element(tokens, "tokens"), scores.const_data_ptr(), element(scores, "scores"), index,
-          places, out.mutable_data_ptr(), shape, stream),
-      "reorganisation");
+  ReorganizeForward call{};
+  call.shape = shape_of(tokens, keep, prefix, fuse);
+  Tensor out = torch::stable::new_empty(tokens, {call.shape.batch, prefix + keep + fuse, call.shape.channels});
+  Tensor indices = new_indices(tokens, keep);
+  if (call.shape.batch == 0) return {out, indices};
+  call.tokens = rows(tokens);
+  call.scores = scores_in(scores, tokens);
+  call.out = out.mutable_data_ptr();
+  call.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  check_launch(launch_reorganize(call, element(tokens), device.stream()), "reorganize_tokens");
   return {out, indices};
 }
 
 std::tuple<Tensor, Tensor> reorganize_tokens_backward(
     Tensor grad, Tensor tokens, Tensor scores, Tensor indices, int64_t prefix, bool fuse) {
-  grad = torch::stable::contiguous(grad);
+  const OnDevice device(tokens);
+  grad = with_dense_rows(grad);
   tokens = with_dense_rows(tokens);
   indices = torch::stable::contiguous(indices);
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
-  const ReorganizeShape shape = shape_of(tokens, scores, indices.size(1), prefix, fuse);
-  check_limits(shape, scores);
-  Tensor grad_tokens = torch::stable::new_empty(tokens, {shape.batch, shape.length, shape.channels});
-  Tensor grad_scores = torch::stable::new_empty(scores, {shape.batch, shape.length - prefix});
-  Tensor place = torch::stable::new_empty(tokens, {shape.batch, shape.length - prefix}, ScalarType::Int);
-  if (shape.batch == 0) return {grad_tokens, grad_scores};
-  check_launch(
-      launch_reorganize_backward(
-          grad.const_data_ptr(), tokens.const_data_ptr(), element(tokens, "tokens"), scores.const_data_ptr(),
-          element(scores, "scores"), static_cast<const int64_t*>(indices.const_data_ptr()),
-          static_cast<int32_t*>(place.mutable_data_ptr()), grad_tokens.mutable_data_ptr(),
-          grad_scores.mutable_data_ptr(), shape, current_stream(tokens)),
-      "backward");
+  ReorganizeBackward call{};
+  call.shape = shape_of(tokens, indices.size(1), prefix, fuse);
+  Tensor grad_tokens = torch::stable::new_empty(tokens, {call.shape.batch, call.shape.length, call.shape.channels});
+  Tensor grad_scores = torch::stable::new_empty(scores, {call.shape.batch, call.shape.length - prefix});
+  if (call.shape.batch == 0) return {grad_tokens, grad_scores};
+  call.grad = rows(grad);
+  call.tokens = rows(tokens);
+  call.scores = scores_in(scores, tokens);
+  call.indices = static_cast<const int64_t*>(indices.const_data_ptr());
+  call.grad_tokens = grad_tokens.mutable_data_ptr();
+  call.grad_scores = grad_scores.mutable_data_ptr();
+  check_launch(launch_reorganize_backward(call, element(tokens), device.stream()), "reorganize_tokens_backward");
   return {grad_tokens, grad_scores};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_reorganize_norm(
+    Tensor residual, Tensor update, Tensor scores, int64_t keep, Tensor weight, Tensor bias, double eps, int64_t prefix,
+    bool fuse) {
+  const OnDevice device(residual);
+  residual = with_dense_rows(residual);
+  update = with_dense_rows(update);
+  weight = torch::stable::contiguous(weight);
+  bias = torch::stable::contiguous(bias);
+  ReorganizeForward call{};
+  call.shape = shape_of(residual, keep, prefix, fuse);
+  Tensor stream = torch::stable::new_empty(residual, {call.shape.batch, prefix + keep + fuse, call.shape.channels});
+  Tensor normed = torch::stable::new_empty(residual, {call.shape.batch, prefix + keep + fuse, call.shape.channels});
+  Tensor indices = new_indices(residual, keep);
+  if (call.shape.batch == 0) return {stream, normed, indices};
+  call.tokens = rows(residual);
+  call.update = rows(update);
+  call.scores = scores_in(scores, residual);
+  call.weight = weight.const_data_ptr();
+  call.bias = bias.const_data_ptr();
+  call.eps = float(eps);
+  call.out = stream.mutable_data_ptr();
+  call.normed = normed.mutable_data_ptr();
+  call.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  check_launch(launch_add_reorganize_norm(call, element(residual), device.stream()), "add_reorganize_norm");
+  return {stream, normed, indices};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_reorganize_norm_backward(
+    Tensor grad_stream, Tensor grad_normed, Tensor residual, Tensor update, Tensor scores, Tensor indices,
+    Tensor stream, Tensor weight, Tensor bias, double eps, int64_t prefix, bool fuse) {
+  const OnDevice device(residual);
+  grad_stream = with_dense_rows(grad_stream);
+  grad_normed = with_dense_rows(grad_normed);
+  residual = with_dense_rows(residual);
+  update = with_dense_rows(update);
+  stream = with_dense_rows(stream);
+  indices = torch::stable::contiguous(indices);
+  weight = torch::stable::contiguous(weight);
+  ReorganizeBackward call{};
+  call.shape = shape_of(residual, indices.size(1), prefix, fuse);
+  const ReorganizeShape& shape = call.shape;
+  Tensor grad_tokens = torch::stable::new_empty(residual, {shape.batch, shape.length, shape.channels});
+  Tensor grad_scores = torch::stable::new_empty(scores, {shape.batch, shape.length - prefix});
+  Tensor grad_weight = torch::stable::new_empty(weight, {shape.channels});
+  Tensor grad_bias = torch::stable::new_empty(bias, {shape.channels});
+  call.grad = rows(grad_stream);
+  call.grad_normed = rows(grad_normed);
+  call.stream = rows(stream);
+  call.tokens = rows(residual);
+  call.update = rows(update);
+  call.scores = scores_in(scores, residual);
+  call.indices = static_cast<const int64_t*>(indices.const_data_ptr());
+  call.weight = weight.const_data_ptr();
+  call.eps = float(eps);
+  call.grad_tokens = grad_tokens.mutable_data_ptr();
+  call.grad_scores = grad_scores.mutable_data_ptr();
+  call.grad_weight = grad_weight.mutable_data_ptr();
+  call.grad_bias = grad_bias.mutable_data_ptr();
+  const Element type = element(residual);
+  Tensor workspace = torch::stable::new_empty(residual, {add_reorganize_norm_workspace(call, type)}, ScalarType::Float);
+  call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
+  check_launch(launch_add_reorganize_norm_backward(call, type, device.stream()), "add_reorganize_norm_backward");
+  return {grad_tokens, grad_scores, grad_weight, grad_bias};
 }
 
 }  // namespace
@@ -89,4 +157,6 @@ std::tuple<Tensor, Tensor> reorganize_tokens_backward(
 STABLE_TORCH_LIBRARY_IMPL(xray_kernels, CUDA, m) {
   m.impl("reorganize_tokens", TORCH_BOX(&xray::reorganize_tokens));
   m.impl("reorganize_tokens_backward", TORCH_BOX(&xray::reorganize_tokens_backward));
+  m.impl("add_reorganize_norm", TORCH_BOX(&xray::add_reorganize_norm));
+  m.impl("add_reorganize_norm_backward", TORCH_BOX(&xray::add_reorganize_norm_backward));
 }
