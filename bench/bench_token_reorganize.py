@@ -134,8 +134,9 @@ def test_add_reorganize_norm(shape: str, dtype: torch.dtype, direction: str, ben
     tokens = inputs.pop("tokens")
     like = (dtype, DEVICE, torch.Generator().manual_seed(1))
     channels = tokens.shape[2]
-    inputs |= {
+    inputs = {
         "residual": tokens,
+        **inputs,
         "update": randn(*tokens.shape, like=like),
         "scores": inputs["scores"] + 0.1,  # a fused row of unit size, as LayerNorm divides by that
         "weight": 1 + randn(channels, like=like) / 4,

@@ -139,7 +139,7 @@ class Bench:
 
         Parity comes before timing, by the tolerance rule of `xray_kernels.testing`: the error against the float64
         composition is at most twice that of the plain composition in the inputs' dtype, plus 1e-5. A peer outside it is
-        not timed, and fails the benchmark once the result is recorded.
+        not timed. If it is the baseline or one of ours, that fails the benchmark once the result is recorded.
         """
         backward = direction == DIRECTIONS[1]
         torch.compiler.reset()
@@ -188,7 +188,8 @@ class Bench:
         else:
             self._benchmark.disabled = True
             self._benchmark.pedantic(run_turns, args=(turns,))
-        red = [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict != GREEN]
+        answerable = [p.name for p in present if p.ours or p is peers[0]]
+        red = [f"{name}: {verdicts[name]}" for name in answerable if verdicts[name] != GREEN]
         assert not red, "; ".join(red)
 
     @staticmethod

@@ -202,7 +202,7 @@ def record(op: str, device: torch.device, comparisons: list[Comparison]) -> dict
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "parity": GREEN if all(p.parity == GREEN for c in comparisons for p in c.peers) else "red",
+        "parity": GREEN if all(p.parity == GREEN for c in comparisons for p in c.peers if p.ours) else "red",
         "comparisons": [asdict(comparison) for comparison in comparisons],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -108,9 +109,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "MATMUL_SIZE", 8)
 
 
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("direction", harness.DIRECTIONS)
-def test_a_wrong_peer_is_red_and_gets_no_time(full: bool, direction: str) -> None:
+def test_a_wrong_peer_is_red_and_gets_no_time(full: bool, direction: str, ours: bool) -> None:
+    """One of ours fails the benchmark, too."""
     runs = {"right": 0, "wrong": 0}
 
     @harness.peer("right")
@@ -124,8 +127,10 @@ def test_a_wrong_peer_is_red_and_gets_no_time(full: bool, direction: str) -> Non
         return 2 * x + 0.01 * x.roll(1)
 
     found: list[Comparison] = []
-    with pytest.raises(AssertionError, match=r"^wrong: parity red, out0: error .* over the bound"):
-        bench_of(found, full).compare(SPEC, inputs(), (right, wrong), "5 x 7", direction)
+    expected = pytest.raises(AssertionError, match=r"^wrong: parity red, out0: error .* over the bound")
+    with expected if ours else contextlib.nullcontext():
+        peers = (right, replace(wrong, ours=ours))
+        bench_of(found, full).compare(SPEC, inputs(), peers, "5 x 7", direction)
     assert runs["wrong"] == 1 < runs["right"]
     if full:
         verdicts = {peer.name: (peer.parity == GREEN, len(peer.samples)) for peer in found[0].peers}
@@ -145,7 +150,7 @@ def test_a_wrong_gradient_is_red_in_the_backward_direction_only() -> None:
             return 2.01 * grad
 
     plain = harness.peer("plain")(SPEC.composition)
-    wrong = harness.peer("wrong gradient")(lambda x: Wrong.apply(x))
+    wrong = harness.Peer("wrong gradient", lambda x: Wrong.apply(x), ours=True)
     bench_of([]).compare(SPEC, inputs(), (plain, wrong), "5 x 7", "forward")
     with pytest.raises(AssertionError, match="wrong gradient: parity red, grad_x"):
         bench_of([]).compare(SPEC, inputs(), (plain, wrong), "5 x 7", "forward+backward")
@@ -272,7 +277,7 @@ def test_a_peer_that_does_another_thing_is_checked_against_its_own_composition(o
         assert [peer.parity for peer in found[0].peers] == [GREEN, GREEN]
     else:
         with pytest.raises(AssertionError, match="triple: parity red"):
-            bench.compare(SPEC, inputs(), (other,), "5 x 7", "forward")
+            bench.compare(SPEC, inputs(), (replace(other, ours=True),), "5 x 7", "forward")
 
 
 RED = "parity red, grad_x: error 1 over the bound 0.1"
@@ -305,8 +310,9 @@ def test_result_file_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found == [c]
     assert facts["parity"] == GREEN
     assert (facts["op"], facts["device_type"], facts["torch"]) == ("double", "cpu", torch.__version__)
-    red = replace(c, peers=[c.peers[0], Timing("wrong", RED, [])])
-    assert results.record("double", CPU, [red])["parity"] == "red"
+    for ours in (True, False):
+        red = replace(c, peers=[c.peers[0], Timing("wrong", RED, [], ours=ours)])
+        assert results.record("double", CPU, [red])["parity"] == ("red" if ours else GREEN)
 
 
 @pytest.mark.parametrize(
@@ -394,12 +400,14 @@ def test_committed_results_are_whole_and_the_readme_shows_them(tmp_path: Path) -
         facts, found = results.read(file)
         assert (facts["device"], facts["op"]) == (file.parent.name, file.stem)
         assert found
+        assert facts["parity"] == GREEN
         assert (ROOT / "bench" / f"bench_{file.stem}.py").exists()
         for c in found:
             for peer in c.peers:
                 shown = results.row(c, peer)
-                # more than the limits measured beside it means that the measurement was disturbed
-                assert shown is None or shown.roofline < 1.15, f"{file}: {c.function}, {c.case}, {peer.name}"
+                # `copy_` may read every line before it writes it, so what does not can be half as fast again; more than
+                # that means that the measurement was disturbed
+                assert shown is None or shown.roofline < 1.5, f"{file}: {c.function}, {c.case}, {peer.name}"
                 assert (len(peer.samples) == len(c.copy_samples)) == (peer.parity == GREEN), f"{file}: {c.case}"
         assert "/" not in json.dumps({key: value for key, value in facts.items() if key != "device_name"})
     readme = tmp_path / "README.md"

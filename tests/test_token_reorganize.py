@@ -69,6 +69,17 @@ def test_half_types_convert_exactly_and_round_to_nearest_even(implementation: st
         assert same.all(), f"{every[~same][:5]} x {weight}: {out[0, 1][~same][:5]}, needs {expected[~same][:5]}"
 
 
+def test_nan_of_any_payload_stays_nan(implementation: str) -> None:
+    """Rounding the all-ones NaN to bfloat16 by adding to its bits would make it -0."""
+    bits = torch.tensor([[0x3F800000, 0x7FFFFFFF], [0x3F800000, -1], [0x3F800000, 0x7F800001]], dtype=torch.int32)
+    scores = torch.cat([torch.full((3, 1), torch.nan), bits.view(torch.float32)], 1)
+    tokens = torch.ones(3, 3, 16, dtype=torch.bfloat16)
+    with testing.use_implementation(implementation):
+        out, indices = ops.reorganize_tokens(tokens, scores, 1, num_prefix_tokens=0)
+    assert indices.tolist() == [[0]] * 3
+    assert out[:, 1].isnan().all()
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
 def test_every_split_of_the_work_gives_the_same_bits(batch: int, implementation: str) -> None:
     """A batch smaller than the threads splits channels; the result must not depend on how many threads there are."""
@@ -204,7 +215,7 @@ def test_seam_with_one_of_its_gradients(implementation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_results_too_large_for_the_caches(implementation: str, dtype: torch.dtype) -> None:
-    """From 16 MiB on, results are written past the caches and in large pages."""
+    """From 8 MiB on, results are written past the caches and in large pages."""
     channels = 1024 if dtype == torch.float32 else 2048
     inputs: dict[str, Any] = {
         "tokens": torch.randn(3, 2000, channels).to(dtype),

@@ -28,10 +28,10 @@ inline int64_t plan_row_pieces(int64_t batch, int64_t rows, int64_t threads) {
   return std::min((2 * threads + batch - 1) / batch, std::max<int64_t>(1, rows / 16));
 }
 
-// Whether a CPU kernel writes a result past the caches. One of less than 16 MiB may still be in the last-level cache
-// when the next op reads it; a larger one is not, and plain stores would read every line of it before writing it.
+// Whether a CPU kernel writes a result past the caches. With what was read, one of 8 MiB and more fills a last-level
+// cache of 32 MiB or a socket's share of one, so it would not be there any more when the next op reads it.
 inline bool plan_past_caches(int64_t bytes) {
-  return bytes >= 16 << 20;
+  return bytes >= 8 << 20;
 }
 
 // Threads of every block of token_reorganize's CUDA forward.

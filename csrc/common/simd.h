@@ -36,15 +36,16 @@ struct Packing<double> {
 };
 
 // ---- bfloat16: the upper half of a float32, rounded to nearest even ----
-// By instruction where GCC would widen and narrow by __builtin_convertvector in two halves.
+// Rounding keeps a NaN one whose lower half is 0, as in all that arithmetic makes of bfloat16 values and of its own
+// NaN; what comes as float32 is cleaned of others when it is read. Converting by instruction: GCC widens and narrows by
+// __builtin_convertvector in two halves.
 
 template <>
 struct Packing<BFloat16> {
   using Packed = Bits16;
   XRAY_INLINE Bits16 pack(Float value) {
     const Bits bits = (Bits)value;
-    const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Bits half = (value == value ? rounded : Bits{} + 0x7fc00000u) >> 16;
+    const Bits half = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 #if defined(XRAY_F16C) && XRAY_LANES == 16
     return (Bits16)_mm512_cvtepi32_epi16((__m512i)half);
 #elif defined(XRAY_F16C)

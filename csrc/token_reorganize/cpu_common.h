@@ -2,6 +2,7 @@
 // Included after common/variants.h.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -28,12 +29,21 @@ T narrow(WideScalar<T> value) {
   return padded[0];
 }
 
-// A vector of parameters or one row of scores, widened to S.
+// A vector of parameters or one row of scores, widened to S; every NaN becomes the usual one (see simd.h).
 template <class S>
 void read_row(const Tensor& tensor, const char* name, int64_t offset, int64_t stride, std::vector<S>& to) {
   for_element_type(tensor, name, [&](auto type) {
-    const auto* from = static_cast<const decltype(type)*>(tensor.const_data_ptr()) + offset;
-    for (size_t i = 0; i < to.size(); ++i) to[i] = S(widen(from[i * stride]));
+    using T = decltype(type);
+    const T* from = static_cast<const T*>(tensor.const_data_ptr()) + offset;
+    for (size_t i = 0; i < to.size(); ++i) {
+      S value;
+      if constexpr (std::is_arithmetic_v<T>) {
+        value = S(from[i * stride]);
+      } else {
+        value = S(widen(from[i * stride]));
+      }
+      to[i] = value == value ? value : std::numeric_limits<S>::quiet_NaN();
+    }
   });
 }
 
