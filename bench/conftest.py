@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,12 @@ def op_of(item: pytest.Item) -> str:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     COLLECTED.update(op_of(item) for item in session.items if item.path.name.startswith("bench_"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """What says by itself that it can not be measured here does not make a run partial."""
+    if report.skipped:
+        COLLECTED[Path(report.nodeid.split("::")[0]).stem.removeprefix("bench_")] -= 1
 
 
 @pytest.fixture
