@@ -4,7 +4,12 @@ The ops work on any machine that runs PyTorch; `python -m xray_kernels` prints w
 """
 
 from xray_kernels import _library
-from xray_kernels.attention import attention, attention_with_scores
+from xray_kernels.attention import (
+    attention,
+    attention_varlen,
+    attention_varlen_with_scores,
+    attention_with_scores,
+)
 from xray_kernels.contrastive_loss import clip_loss, siglip_loss
 from xray_kernels.contrastive_loss.modules import ClipLoss, SigLipLoss
 from xray_kernels.tag_loss import tag_loss
@@ -17,6 +22,8 @@ __all__ = [
     "TokenMap",
     "add_reorganize_norm",
     "attention",
+    "attention_varlen",
+    "attention_varlen_with_scores",
     "attention_with_scores",
     "clip_loss",
     "gather_tokens",

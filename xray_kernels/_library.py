@@ -25,6 +25,8 @@ import torch
 NAMESPACE = "xray_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
+FORCED: list[str] = []
+"""Implementations that `testing.use_implementation` forces, the innermost last."""
 
 REFERENCES: dict[str, Callable[..., Any]] = {}
 """All ops defined so far, in order: name -> pure PyTorch reference."""
@@ -65,6 +67,11 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if "!" in schema:  # an op that writes to its arguments has no gradient of its own
+        REFERENCES[name] = _without_autocast(reference)
+        if triton is not None:
+            TRITON[name] = triton
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is None:
 
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -94,6 +101,11 @@ def choice() -> str:
     if asked not in CHOICES:
         raise ValueError(f"XRAY_KERNELS is {asked!r}; it must be one of {', '.join(CHOICES)}")
     return asked
+
+
+def is_free() -> bool:
+    """Whether nobody asked for an implementation, so that the fastest may run."""
+    return choice() == "auto" and not FORCED
 
 
 def compiled_file(name: str) -> Path | None:

@@ -145,12 +145,17 @@ def use_implementation(name: str) -> Iterator[None]:
     """
     if name.startswith("cpu-") and name in implementations("cpu"):
         with _library.cpu_capability(name.removeprefix("cpu-")):
-            yield
+            _library.FORCED.append(name)
+            try:
+                yield
+            finally:
+                _library.FORCED.pop()
         return
     if name not in implementations("cpu") + implementations("cuda") or name.startswith("cpu-"):
         known = dict.fromkeys(implementations("cpu") + implementations("cuda"))
         raise ValueError(f"implementation must be one of {', '.join(known)}, got {name!r}")
     library = torch.library.Library(_library.NAMESPACE, "IMPL")
+    _library.FORCED.append(name)
     try:
         for op in _library.REFERENCES:
             if name == "reference" and _library.implementation(op, "cpu") != "reference":
@@ -159,4 +164,5 @@ def use_implementation(name: str) -> Iterator[None]:
                 _library.override(library, op, _library.cuda_function(op, name), "CUDA")
         yield
     finally:
+        _library.FORCED.pop()
         library._destroy()

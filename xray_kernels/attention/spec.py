@@ -7,7 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from xray_kernels.attention import attention, attention_with_scores
+from xray_kernels.attention import (
+    attention,
+    attention_varlen,
+    attention_varlen_with_scores,
+    attention_with_scores,
+)
 from xray_kernels.testing import Case, Inputs, OpSpec, nbytes, randn
 
 
@@ -25,12 +30,61 @@ def compose(
 
 
 def compose_with_scores(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, num_prefix_tokens: int = 1
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    num_prefix_tokens: int = 1,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with the class row taken from the materialised matrix, as the official EViT code does."""
-    weights = _weights(query, key, scale, False, None)
+    weights = _weights(query, key, scale, False, key_lengths)
     scores = weights[:, :, 0, num_prefix_tokens:].mean(1)
     return weights @ value, scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def compose_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """One sequence after the other, as one does without packing."""
+    out = [compose(*sequence, scale=scale, is_causal=is_causal) for sequence in _split(query, key, value, cu_seqlens)]
+    return torch.cat([query[:0], *(x[0].transpose(0, 1) for x in out)])
+
+
+def compose_varlen_with_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    num_prefix_tokens: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The same with the class row of each sequence; 0 for prefix tokens."""
+    sequences = _split(query, key, value, cu_seqlens)
+    out = [compose_with_scores(*sequence, scale=scale, num_prefix_tokens=0) for sequence in sequences]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = [x[1][0].masked_fill(torch.arange(x[1].shape[1], device=query.device) < num_prefix_tokens, 0) for x in out]
+    return (
+        torch.cat([query[:0], *(x[0][0].transpose(0, 1) for x in out)]),
+        torch.cat([query.new_empty(0, dtype=wide), *scores]),
+    )
+
+
+def _split(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> list[list[Tensor]]:
+    bounds = cu_seqlens.tolist()
+    return [
+        [x[first:last].transpose(0, 1)[None] for x in (query, key, value)]
+        for first, last in zip(bounds, bounds[1:], strict=False)
+        if last > first
+    ]
 
 
 def _weights(query: Tensor, key: Tensor, scale: float | None, is_causal: bool, key_lengths: Tensor | None) -> Tensor:
@@ -59,6 +113,22 @@ def _case(name: str, b: int, h: int, nq: int, nk: int, d: int, *, peak: float = 
     return Case(name, make)
 
 
+def _packed(name: str, lengths: list[int], h: int, d: int, *, peak: float = 1.0, **more: object) -> Case:
+    def make(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
+        like = (dtype, device, generator)
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        total = int(bounds[-1])
+        return {
+            "query": randn(total, h, d, like=like) * peak,
+            "key": randn(total, h, d, like=like),
+            "value": randn(total, h, d, like=like),
+            "cu_seqlens": bounds.to(device, torch.int32),
+            **more,
+        }
+
+    return Case(name, make)
+
+
 def _traffic(inputs: Inputs) -> tuple[int, int]:
     once = nbytes(inputs["query"], inputs["key"], inputs["value"])
     out = nbytes(inputs["query"])
@@ -66,8 +136,13 @@ def _traffic(inputs: Inputs) -> tuple[int, int]:
 
 
 def _flops(inputs: Inputs) -> tuple[int, int]:
-    batch, heads, length, head_dim = inputs["query"].shape
-    product = 2 * batch * heads * length * inputs["key"].shape[2] * head_dim
+    """Two products of the tiles forward, five backward."""
+    query, key = inputs["query"], inputs["key"]
+    if "cu_seqlens" in inputs:
+        pairs = query.shape[1] * int(inputs["cu_seqlens"].diff().square().sum())
+    else:
+        pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    product = 2 * pairs * query.shape[-1]
     return 2 * product, 5 * product
 
 
@@ -105,8 +180,36 @@ SPECS = (
             _case("registers", 2, 2, 72, 72, 80, num_prefix_tokens=5),
             _case("one candidate", 2, 2, 8, 8, 32, num_prefix_tokens=7),
             _case("wide head", 1, 1, 30, 30, 256),
+            _case("lengths", 4, 2, 40, 40, 32, key_lengths=[40, 0, 1, 17], num_prefix_tokens=2),
             _case("sharp", 1, 2, 50, 50, 64, peak=30.0),
             _case("empty batch", 0, 2, 5, 5, 16),
+        ),
+        traffic=_traffic,
+        flops=_flops,
+    ),
+    OpSpec(
+        name="attention_varlen",
+        function=attention_varlen,
+        composition=compose_varlen,
+        cases=(
+            _packed("unequal clips", [20, 1, 50, 33], 2, 32),
+            _packed("empty sequences", [0, 7, 0, 0, 9, 0], 3, 16),
+            _packed("causal", [30, 5, 41], 2, 64, is_causal=True),
+            _packed("no sequence", [], 2, 16),
+            _packed("sharp", [50, 21], 2, 64, peak=30.0),
+        ),
+        traffic=_traffic,
+        flops=_flops,
+    ),
+    OpSpec(
+        name="attention_varlen_with_scores",
+        function=attention_varlen_with_scores,
+        composition=compose_varlen_with_scores,
+        cases=(
+            _packed("unequal clips", [20, 2, 50, 33], 2, 32),
+            _packed("registers", [40, 3, 17], 2, 72, num_prefix_tokens=4),
+            _packed("empty sequences", [0, 7, 0, 0, 9, 0], 3, 16),
+            _packed("vit", [197, 140], 2, 64),
         ),
         traffic=_traffic,
         flops=_flops,
