@@ -62,7 +62,12 @@ def wants_cuda() -> bool:
 def cpu_library() -> cpp_extension.CppExtension:
     return cpp_extension.CppExtension(
         "xray_kernels._cpu",
-        ["csrc/common/capability.cpp", "csrc/token_reorganize/cpu.cpp", "csrc/token_reorganize/cpu_norm.cpp"],
+        [
+            "csrc/common/capability.cpp",
+            "csrc/attention/cpu.cpp",
+            "csrc/token_reorganize/cpu.cpp",
+            "csrc/token_reorganize/cpu_norm.cpp",
+        ],
         include_dirs=[INCLUDE],
         py_limited_api=True,
         extra_compile_args={"cxx": [*COMMON, STABLE_ABI]},

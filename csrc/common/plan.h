@@ -28,6 +28,18 @@ inline int64_t plan_row_pieces(int64_t batch, int64_t rows, int64_t threads) {
   return std::min((2 * threads + batch - 1) / batch, std::max<int64_t>(1, rows / 16));
 }
 
+// Slices of each sequence's queries for the CPU kernels of attention: one, which packs keys and values once, or enough
+// for two tasks a thread where there are few (sequence, head) pairs; at least 48 queries each.
+inline int64_t plan_query_pieces(int64_t pairs, int64_t queries, int64_t threads) {
+  if (pairs == 0 || pairs >= 2 * threads) return 1;
+  return std::max<int64_t>(1, std::min((2 * threads + pairs - 1) / pairs, queries / 48));
+}
+
+// Queries of a slice: a multiple of every variant's panel.
+inline int64_t query_piece_size(int64_t queries, int64_t pieces) {
+  return (queries + pieces * 48 - 1) / (pieces * 48) * 48;
+}
+
 // Whether a CPU kernel writes a result past the caches. With what was read, one of 8 MiB and more fills a last-level
 // cache of 32 MiB or a socket's share of one, so it would not be there any more when the next op reads it.
 inline bool plan_past_caches(int64_t bytes) {

@@ -1,0 +1,150 @@
+// What the CPU bindings of attention share: sequences, heads at their strides, threads that take tasks.
+// Included after common/variants.h.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "common/plan.h"
+#include "common/tensor.h"
+
+namespace xray {
+
+// Sums of elements of type T are kept in float32, those of float64 in float64.
+template <class T>
+using WideScalar = typename baseline::Wide<T>::Scalar;
+
+// The dtype that such sums have in tensors.
+inline ScalarType wide_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// One sequence: a row of the batch, or a stretch of packed tokens.
+struct Sequence {
+  int64_t batch, first;  // first token
+  int64_t queries, keys, all_keys;
+};
+
+inline int64_t integer_at(const Tensor& tensor, int64_t i) {
+  const int64_t at = i * tensor.stride(0);
+  return tensor.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(tensor.const_data_ptr())[at]
+                                                 : static_cast<const int64_t*>(tensor.const_data_ptr())[at];
+}
+
+inline std::vector<Sequence> sequences(
+    const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_lengths,
+    const std::optional<Tensor>& cu_seqlens) {
+  const int64_t queries = query.size(2), keys = key.size(2);
+  std::vector<Sequence> result;
+  if (cu_seqlens) {
+    for (int64_t b = 0; b + 1 < cu_seqlens->size(0); ++b) {
+      const int64_t first = integer_at(*cu_seqlens, b), last = integer_at(*cu_seqlens, b + 1);
+      STD_TORCH_CHECK(
+          0 <= first && first <= last && last <= keys, "cu_seqlens must rise from 0 to ", keys, ", got ", first,
+          " before ", last);
+      result.push_back({0, first, last - first, last - first, last - first});
+    }
+    return result;
+  }
+  for (int64_t b = 0; b < query.size(0); ++b) {
+    const int64_t length = key_lengths ? integer_at(*key_lengths, b) : keys;
+    result.push_back({b, 0, queries, std::clamp<int64_t>(length, 0, keys), keys});
+  }
+  return result;
+}
+
+// (B, H, N, D) with dense rows of D.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t batch, head, row;  // strides
+
+  // T may be const
+  explicit Heads(const Tensor& tensor)
+      : data(static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()))),
+        batch(tensor.stride(0)),
+        head(tensor.stride(1)),
+        row(tensor.stride(2)) {
+  }
+  T* at(const Sequence& s, int64_t h) const {
+    return data + s.batch * batch + h * head + s.first * row;
+  }
+};
+
+// A new result (B, H, N, D), stored as (B, N, H, D).
+inline Tensor new_tokens(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t head_dim) {
+  return torch::stable::transpose(new_result(like, {batch, length, heads, head_dim}), 1, 2);
+}
+
+// Uninitialised scratch of one thread, at a cache line's start.
+template <class S>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(new char[count * sizeof(S) + 64]) {
+  }
+  S* data() const {
+    return reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
+
+// Runs work(task) for all tasks. `make_work` is called once a thread, for what it needs to itself; then each takes the
+// next task that is left, so that neither unequal sequences nor a busy core leave the others waiting.
+template <class F>
+void for_each_task(int64_t tasks, F&& make_work) {
+  std::atomic<int64_t> next{0};
+  const auto threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      int64_t task = next++;
+      if (task >= tasks) return;
+      auto work = make_work();
+      for (; task < tasks; task = next++) work(task);
+    }
+  });
+}
+
+// A task: one sequence of one head, and some of its queries.
+struct HeadTask {
+  const Sequence& sequence;
+  int64_t head, piece, begin, end;
+};
+
+// All of them, `piece_queries` each.
+class HeadTasks {
+ public:
+  HeadTasks(std::vector<Sequence> sequences, int64_t heads)
+      : sequences_(std::move(sequences)), heads_(heads), longest_(0) {
+    for (const Sequence& s : sequences_) longest_ = std::max(longest_, s.queries);
+    const int64_t pairs = int64_t(sequences_.size()) * heads;
+    pieces = plan_query_pieces(pairs, longest_, torch::stable::get_num_threads());
+    piece_queries_ = query_piece_size(longest_, pieces);
+  }
+  int64_t count() const {
+    return int64_t(sequences_.size()) * heads_ * pieces;
+  }
+  HeadTask operator[](int64_t task) const {
+    const Sequence& s = sequences_[task / (heads_ * pieces)];
+    const int64_t piece = task % pieces;
+    return {
+        s, task / pieces % heads_, piece, std::min(s.queries, piece * piece_queries_),
+        std::min(s.queries, (piece + 1) * piece_queries_)};
+  }
+  const std::vector<Sequence>& sequences() const {
+    return sequences_;
+  }
+  int64_t longest() const {
+    return longest_;
+  }
+
+  int64_t pieces;
+
+ private:
+  std::vector<Sequence> sequences_;
+  int64_t heads_, longest_, piece_queries_;
+};
+
+}  // namespace xray
