@@ -1,8 +1,6 @@
 // CPU kernels of attention, with the class token's scores: threads take (batch, head) pairs, and slices of the queries
 // where there are fewer pairs than threads. Every number is summed by one thread, or in a fixed order.
 
-#include <math.h>
-
 #include "attention/cpu_head.h"
 
 #define XRAY_KERNEL_FILE "attention/cpu_kernel.h"
@@ -12,8 +10,6 @@
 
 namespace xray {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 template <class T>
 HeadIn<T> head_in(
@@ -32,22 +28,6 @@ HeadIn<T> head_in(
       head_dim,
       is_causal,
       scale};
-}
-
-// scores: the mean over heads of the class rows, in the order of heads
-template <class S>
-void mean_over_heads(Tensor& scores, const Tensor& class_row, const HeadTasks& tasks, int64_t prefix, bool packed) {
-  const int64_t heads = class_row.size(1), length = class_row.size(2), first = packed ? 0 : prefix;
-  const S* row = static_cast<const S*>(class_row.const_data_ptr());
-  S* to = static_cast<S*>(scores.mutable_data_ptr());
-  for (const Sequence& s : tasks.sequences()) {
-    for (int64_t j = packed ? 0 : prefix; j < s.all_keys; ++j) {
-      S sum = 0;
-      const S* at = row + s.batch * heads * length + s.first + j;
-      for (int64_t h = 0; h < heads; ++h) sum += at[h * length];
-      to[s.batch * (length - first) + s.first + j - first] = j < prefix ? S(0) : sum / S(heads);
-    }
-  }
 }
 
 // out, statistics and, where `class_row` is not empty, each class token's probabilities.
@@ -112,28 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_with_scores(
   Tensor class_row = new_result(query, {batch, heads, length}, wide_type(query));
   Tensor scores = new_result(query, {batch, packed ? length : length - prefix}, wide_type(query));
   forward(query, key, value, scale, false, tasks, out, statistics, &class_row);
-  if (wide_type(query) == ScalarType::Double) {
-    mean_over_heads<double>(scores, class_row, tasks, prefix, packed);
-  } else {
-    mean_over_heads<float>(scores, class_row, tasks, prefix, packed);
-  }
+  mean_over_heads(scores, class_row, tasks.sequences(), prefix, packed);
   return {out, scores, statistics, class_row};
-}
-
-// The gradient of the class rows, the same for all heads: that of the scores over the heads, 0 at prefix tokens.
-template <class S>
-std::vector<S> class_row_gradient(
-    const Tensor& grad_scores, const std::vector<Sequence>& sequences, int64_t heads, int64_t length, int64_t prefix,
-    bool packed) {
-  std::vector<S> grad(grad_scores.size(0) * length);
-  const S* from = static_cast<const S*>(grad_scores.const_data_ptr());
-  for (const Sequence& s : sequences)
-    for (int64_t j = prefix; j < s.all_keys; ++j) {
-      const int64_t column = packed ? s.first + j : j - prefix;
-      grad[s.batch * length + s.first + j] =
-          from[s.batch * grad_scores.stride(0) + column * grad_scores.stride(1)] / S(heads);
-    }
-  return grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(

@@ -11,6 +11,8 @@
 
 namespace xray {
 
+using Optional = std::optional<Tensor>;
+
 // Sums of elements of type T are kept in float32, those of float64 in float64.
 template <class T>
 using WideScalar = typename baseline::Wide<T>::Scalar;
@@ -33,8 +35,7 @@ inline int64_t integer_at(const Tensor& tensor, int64_t i) {
 }
 
 inline std::vector<Sequence> sequences(
-    const Tensor& query, const Tensor& key, const std::optional<Tensor>& key_lengths,
-    const std::optional<Tensor>& cu_seqlens) {
+    const Tensor& query, const Tensor& key, const Optional& key_lengths, const Optional& cu_seqlens) {
   const int64_t queries = query.size(2), keys = key.size(2);
   std::vector<Sequence> result;
   if (cu_seqlens) {
@@ -52,6 +53,51 @@ inline std::vector<Sequence> sequences(
     result.push_back({b, 0, queries, std::clamp<int64_t>(length, 0, keys), keys});
   }
   return result;
+}
+
+// scores: the mean over heads of the class rows, in the order of heads
+template <class S>
+void mean_over_heads(
+    Tensor& scores, const Tensor& class_row, const std::vector<Sequence>& sequences, int64_t prefix, bool packed) {
+  const int64_t heads = class_row.size(1), length = class_row.size(2), first = packed ? 0 : prefix;
+  const S* row = static_cast<const S*>(class_row.const_data_ptr());
+  S* to = static_cast<S*>(scores.mutable_data_ptr());
+  for (const Sequence& s : sequences) {
+    for (int64_t j = packed ? 0 : prefix; j < s.all_keys; ++j) {
+      S sum = 0;
+      const S* at = row + s.batch * heads * length + s.first + j;
+      for (int64_t h = 0; h < heads; ++h) sum += at[h * length];
+      to[s.batch * (length - first) + s.first + j - first] = j < prefix ? S(0) : sum / S(heads);
+    }
+  }
+}
+
+inline void mean_over_heads(
+    Tensor& scores, const Tensor& class_row, const std::vector<Sequence>& sequences, int64_t prefix, bool packed) {
+  if (scores.scalar_type() == ScalarType::Double) {
+    mean_over_heads<double>(scores, class_row, sequences, prefix, packed);
+  } else {
+    mean_over_heads<float>(scores, class_row, sequences, prefix, packed);
+  }
+}
+
+// The gradient of the class rows, the same for all heads: that of the scores over the heads, 0 at prefix tokens.
+template <class S>
+std::vector<S> class_row_gradient(
+    const Tensor& grad_scores, const std::vector<Sequence>& sequences, int64_t heads, int64_t length, int64_t prefix,
+    bool packed) {
+  STD_TORCH_CHECK(
+      grad_scores.element_size() == sizeof(S), "grad_scores must have the dtype of the scores, ",
+      sizeof(S) == 8 ? "float64" : "float32");
+  std::vector<S> grad(grad_scores.size(0) * length);
+  const S* from = static_cast<const S*>(grad_scores.const_data_ptr());
+  for (const Sequence& s : sequences)
+    for (int64_t j = prefix; j < s.all_keys; ++j) {
+      const int64_t column = packed ? s.first + j : j - prefix;
+      grad[s.batch * length + s.first + j] =
+          from[s.batch * grad_scores.stride(0) + column * grad_scores.stride(1)] / S(heads);
+    }
+  return grad;
 }
 
 // (B, H, N, D) with dense rows of D.

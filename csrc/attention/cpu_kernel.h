@@ -100,35 +100,6 @@ XRAY_INLINE void multiply_rows(
         c, c_row, a + k, a_row, 1, b + k * width, width, rows, width, steps - k < most ? steps - k : most);
 }
 
-// ---- exponentials ----
-
-// 2^x for x up to 127, within 0.7 units in the last place: 2^n times a minimax polynomial of the rest in [-1/2, 1/2]. 0
-// below 2^-126, NaN for NaN.
-XRAY_INLINE Float exp2_of(Float x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Float shifted = x + magic;
-  const Float r = x - (shifted - magic);
-  Float p = 0.00015353361959569156f * r + 0.0013398875016719103f;
-  p = p * r + 0.00961843691766262f;
-  p = p * r + 0.055503323674201965f;
-  p = p * r + 0.24022647738456726f;
-  p = p * r + 0.6931471824645996f;
-  p = p * r + 1.0f;
-  const Bits power = ((Bits)shifted << 23) + 0x3f800000u;
-  const Bits underflow = (Bits)(x < -126.0f);
-  return (Float)((Bits)(p * (Float)power) & ~underflow);
-}
-
-// float64 is for checking gradients: exactness matters, time does not.
-XRAY_INLINE Double exp2_of(Double x) {
-  double at[lanes<double>];
-  store(at, x);
-  for (double& value : at) value = exp2(value);
-  return load(at);
-}
-
-static constexpr double kLog2E = 1.4426950408889634;
-
 // ---- packing ----
 
 // Rows as dense rows of floats times `factor`; zeros up to `to_row` channels and `to_rows` rows.
@@ -192,7 +163,7 @@ static void mask_future(S* logits, int64_t width, int64_t begin, int64_t rows, i
   }
 }
 
-static constexpr int64_t kForwardKeys = 128;
+static constexpr int64_t kForwardKeys = 256;  // whose logits for a panel of queries stay in the first-level cache
 
 // Numbers of scratch that `attention_head` needs.
 template <class S>

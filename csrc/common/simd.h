@@ -258,3 +258,32 @@ XRAY_INLINE auto sum_over(int64_t begin, int64_t end, F&& f) {
   if (c < end) total += f(c, end - c);
   return sum_lanes<typename Wide<T>::Scalar>(total);
 }
+
+// ---- exponentials ----
+
+// 2^x for x up to 127, within 0.7 units in the last place: 2^n times a minimax polynomial of the rest in [-1/2, 1/2]. 0
+// below 2^-126, NaN for NaN.
+XRAY_INLINE Float exp2_of(Float x) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Float shifted = x + magic;
+  const Float r = x - (shifted - magic);
+  Float p = 0.00015353361959569156f * r + 0.0013398875016719103f;
+  p = p * r + 0.00961843691766262f;
+  p = p * r + 0.055503323674201965f;
+  p = p * r + 0.24022647738456726f;
+  p = p * r + 0.6931471824645996f;
+  p = p * r + 1.0f;
+  const Bits power = ((Bits)shifted << 23) + 0x3f800000u;
+  const Bits underflow = (Bits)(x < -126.0f);
+  return (Float)((Bits)(p * (Float)power) & ~underflow);
+}
+
+// float64 is for checking gradients: exactness matters, time does not.
+XRAY_INLINE Double exp2_of(Double x) {
+  double at[lanes<double>];
+  store(at, x);
+  for (double& value : at) value = exp2(value);
+  return load(at);
+}
+
+static constexpr double kLog2E = 1.4426950408889634;

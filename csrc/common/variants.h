@@ -7,6 +7,8 @@
 // Usage:   #define XRAY_KERNEL_FILE "token_reorganize/cpu_kernel.h"
 //          #include "common/variants.h"
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 

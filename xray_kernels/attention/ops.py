@@ -1,10 +1,10 @@
 """The ops behind attention: schemas, shapes for tracing, gradients.
 
 Tensors are (B, H, N, D). Packed sequences are one row of the batch, (1, H, T, D), with `cu_seqlens`; `max_seqlen` then
-bounds their lengths. `statistics` (2, B, H, Nq) float32 holds each query's largest logit and the logarithm of its sum of
-exp(logit - largest), 0 and infinity where it has no key: p = exp(logit - largest - log_sum). It is two numbers because
-one, their sum, would round away what exp needs when logits are in the hundreds. `class_row` (B, H, N) float32 holds the
-class token's probabilities in each head.
+bounds their lengths. `statistics` (2, B, H, Nq) float32 holds each query's largest logit and the logarithm of its sum
+of exp(logit - largest), 0 and infinity where it has no key: p = exp(logit - largest - log_sum). It is two numbers
+because one, their sum, would round away what exp needs when logits are in the hundreds. `class_row` (B, H, N) float32
+holds the class token's probabilities in each head.
 """
 
 from __future__ import annotations
@@ -159,7 +159,6 @@ class _WithScores(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         if grad_scores is not None:
             query, key, class_row = ctx.saved_tensors
-            # a broadcast gradient has no memory of its own to add to
             grad_query = torch.zeros_like(query) if grad_query is None else _owned(grad_query)
             grad_key = torch.zeros_like(key) if grad_key is None else _owned(grad_key)
             class_scores_backward(
@@ -170,7 +169,8 @@ class _WithScores(torch.autograd.Function):
 
 
 def _owned(grad: Tensor) -> Tensor:
-    return grad.contiguous() if 0 in grad.stride() else grad
+    """A gradient that can be added to: a broadcast one has no memory of its own, and kernels want dense rows."""
+    return grad.contiguous() if 0 in grad.stride() or grad.stride(-1) != 1 else grad
 
 
 def with_scores(
