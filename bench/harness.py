@@ -33,6 +33,8 @@ DIRECTIONS = ("forward", "forward+backward")
 SECONDS = 4.0
 """What one comparison may take; it gets as many rounds as fit, within ROUNDS."""
 ROUNDS = (7, 40)
+LONG, FEW = 5.0, 3
+"""A round of more seconds than LONG, which some peer takes, is repeated FEW times."""
 MATMUL_SIZE = 4096 if DEVICE.type == "cuda" else 1024
 """Side of the square matrix product that stands for the arithmetic limit."""
 
@@ -134,24 +136,27 @@ class Bench:
         case: str,
         direction: str,
         targets: Sequence[Target] = (),
+        checked: Inputs | None = None,
     ) -> None:
         """Compare `peers` (the first is the baseline) with each other and record the result.
 
         Parity comes before timing, by the tolerance rule of `xray_kernels.testing`: the error against the float64
         composition is at most twice that of the plain composition in the inputs' dtype, plus 1e-5. A peer outside it is
-        not timed. If it is the baseline or one of ours, that fails the benchmark once the result is recorded.
+        not timed. If it is the baseline or one of ours, that fails the benchmark once the result is recorded. Parity is
+        checked on `checked` where the oracle could not take all of `inputs`.
         """
+        checked = inputs if checked is None else checked
         backward = direction == DIRECTIONS[1]
         torch.compiler.reset()
         skipped = {p.name: why for p in peers if (why := p.absent(self.full))}
         present = [p for p in peers if p.name not in skipped]
         verdicts: dict[str, str] = {}
         for composition in dict.fromkeys(p.composition or spec.composition for p in present):
-            oracle = outcome(composition, testing.convert(inputs, torch.float64), backward)
-            yardstick = outcome(composition, inputs, backward)
+            oracle = outcome(composition, testing.convert(checked, torch.float64), backward)
+            yardstick = outcome(composition, checked, backward)
             for p in present:
                 if (p.composition or spec.composition) is composition:
-                    verdicts[p.name] = self._parity(p, inputs, backward, yardstick, oracle)
+                    verdicts[p.name] = self._parity(p, checked, backward, yardstick, oracle)
         del oracle, yardstick
 
         green = [p for p in present if verdicts[p.name] == GREEN]
@@ -208,8 +213,8 @@ class Bench:
         """Seconds of every turn, rounds of all turns in order; contexts are entered outside the timed part."""
         start = time.perf_counter()
         run_turns(turns)
-        fit = int(SECONDS / (time.perf_counter() - start))
-        rounds = min(max(fit, ROUNDS[0]), ROUNDS[1])
+        took = time.perf_counter() - start
+        rounds = FEW if took > LONG else min(max(int(SECONDS / took), ROUNDS[0]), ROUNDS[1])
         following, entered = itertools.cycle(turns), contextlib.ExitStack()
 
         def setup() -> tuple[tuple[Callable[[], None]], dict[str, Any]]:
@@ -222,7 +227,7 @@ class Bench:
             setup=setup,
             teardown=lambda function: entered.close(),
             rounds=rounds * len(turns),
-            warmup_rounds=len(turns),
+            warmup_rounds=0 if took > LONG else len(turns),
         )
         seconds = [round(sample, 7) for sample in self._benchmark.stats.stats.data]
         return [seconds[i :: len(turns)] for i in range(len(turns))]

@@ -16,7 +16,8 @@ from xray_kernels import _library
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "xray_kernels" / "measured.json"
-ON_CUDA = ("reference", "triton", "cuda")
+ON_CUDA = ("reference", "triton", "cuda", "sdpa", "flash_attn", "xformers")
+"""Implementations of an op, and backends of attention, of which the fastest becomes the default."""
 BEGIN = "<!-- results: written by `python -m bench.table` -->"
 END = "<!-- end of results -->"
 

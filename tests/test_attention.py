@@ -132,8 +132,8 @@ def test_number_of_threads_does_not_matter(threads: int, is_causal: bool) -> Non
     def outcome() -> list[torch.Tensor]:
         out = ops.attention(query, key, value, is_causal=is_causal)
         grads = torch.autograd.grad(out, (query, key, value), weight)
-        varlen = [x[0].transpose(0, 1) for x in (query, key, value)]
-        packed, scores = ops.attention_varlen_with_scores(*varlen, bounds)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        packed, scores = ops.attention_varlen_with_scores(q, k, v, bounds)
         grads += torch.autograd.grad(
             (packed, scores), (query, key, value), (weight[0].transpose(0, 1), scores.detach())
         )

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import harness, results, table
 from bench.results import GREEN, Comparison, Target, Timing
 from xray_kernels import _library
-from xray_kernels.attention.spec import SPECS as ATTENTION
+from xray_kernels.tag_loss.spec import SPECS as TAG_LOSS
 from xray_kernels.testing import Inputs, OpSpec, nbytes
 from xray_kernels.token_reorganize.spec import SPECS as REORGANIZE
 
@@ -178,6 +178,38 @@ def test_peers_take_turns() -> None:
     assert found[0].bytes == 2 * 5 * 7 * 4
 
 
+def test_long_rounds_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one round takes minutes, three and no warm-up."""
+    monkeypatch.setattr(harness, "ROUNDS", (7, 40))
+    plain = harness.peer("plain")(SPEC.composition)
+    for long, count in ((-1.0, harness.FEW), (100.0, 40)):
+        monkeypatch.setattr(harness, "LONG", long)
+        found: list[Comparison] = []
+        bench_of(found).compare(SPEC, inputs(), (plain,), "5 x 7", "forward")
+        assert len(found[0].peers[0].samples) == count
+
+
+def test_parity_can_be_checked_on_fewer() -> None:
+    """The oracle and every peer are compared on `checked`; what is timed is the whole."""
+    shapes: list[torch.Size] = []
+
+    def composition(x: Tensor) -> Tensor:
+        assert x.shape == (2, 7), "the oracle must not see the large inputs"
+        return 2 * x
+
+    @harness.peer("seen")
+    def seen(x: Tensor) -> Tensor:
+        shapes.append(x.shape)
+        return 2 * x
+
+    found: list[Comparison] = []
+    spec = replace(SPEC, composition=composition)
+    bench_of(found).compare(spec, inputs(), (seen,), "5 x 7", "forward", checked={"x": torch.ones(2, 7)})
+    assert shapes[0] == (2, 7)
+    assert set(shapes[1:]) == {(5, 7)}
+    assert found[0].bytes == 2 * 5 * 7 * 4
+
+
 def test_the_copy_moves_the_bytes_of_the_op() -> None:
     """Half of them are read and half written."""
 
@@ -218,7 +250,7 @@ def test_absent_peers_are_skipped_by_name() -> None:
 
 def test_ours_are_the_implementations_of_this_machine() -> None:
     """An op with a kernel comes once for each instruction set, the best one as default; a reference comes once."""
-    assert [peer.name for peer in harness.ours(ATTENTION[0])] == ["xray reference"]
+    assert [peer.name for peer in harness.ours(TAG_LOSS[0])] == ["xray reference"]
     expected = ["reference", *(f"cpu-{level}" for level in _library.cpu_capabilities())]
     peers = harness.ours(REORGANIZE[0])
     assert [peer.name for peer in peers] == [f"xray {name}" for name in expected]

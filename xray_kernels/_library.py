@@ -236,7 +236,7 @@ def _decide(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, C
     """
     asked, measured = choice(), fastest(name, dtype, torch.cuda.get_device_name(device))
     chosen = select(asked, measured, available_on_cuda(name))
-    if chosen == "triton" and asked == "auto" and measured is None and dtype != torch.float64:
+    if chosen == "triton" and asked == "auto" and measured != "triton" and dtype != torch.float64:
         if torch.cuda.is_current_stream_capturing():
             return "reference", cuda_function(name, "reference")
         chosen = checked(name, dtype, device)
