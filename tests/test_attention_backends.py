@@ -206,7 +206,7 @@ def test_auto_follows_the_kernels_and_the_measurements(monkeypatch: pytest.Monke
     half = torch.float16
     has = _library.implementation("attention", "cpu") != "reference"
     assert backends._fastest("attention", "cpu", None, torch.float32) == ("xray" if has else "sdpa")
-    monkeypatch.setattr(_library, "implementation", lambda *arguments: "reference")
+    monkeypatch.setattr(_library, "_is_registered", lambda name, key: False)
     assert backends._fastest("attention", "cpu", None, torch.float32) == "sdpa"
     assert backends._fastest("attention", "cpu", None, torch.float64) == "xray"
     assert backends._fastest("attention", "meta", None, half) == "xray"
@@ -215,8 +215,10 @@ def test_auto_follows_the_kernels_and_the_measurements(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "fast GPU")
     table = {"fast GPU": {"attention": {"float16": "sdpa", "bfloat16": "flash_attn", "float32": "triton"}}}
     monkeypatch.setattr(_library, "measured_table", lambda: table)
-    monkeypatch.setattr(_library, "implementation", lambda *arguments: "triton")
+    monkeypatch.setattr(_library, "_is_registered", lambda name, key: True)
     monkeypatch.setattr(backends, "_missing", lambda backend: "flash-attn" if backend == "flash_attn" else None)
     assert backends._fastest("attention", "cuda", 0, half) == "sdpa"
     assert backends._fastest("attention", "cuda", 0, torch.float32) == "xray"
     assert backends._fastest("attention", "cuda", 0, torch.bfloat16) == "xray", "measured, but not installed here"
+    monkeypatch.setitem(_library._DECIDED, ("attention", torch.float32, 0), ("reference", lambda: None))
+    assert backends._fastest("attention", "cuda", 0, torch.float32) == "sdpa", "the kernel failed its check here"

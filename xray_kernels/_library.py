@@ -286,6 +286,18 @@ def compare(actual: tuple[Any, ...], args: tuple[Any, ...], reference: Callable[
     return None
 
 
+@functools.cache
+def _is_registered(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def has_kernel(name: str, device: str, index: int | None, dtype: torch.dtype) -> bool:
+    """Whether op `name` has a kernel on a "cpu" or "cuda" device that is not known to be wrong; quick enough to ask at
+    every call."""
+    decided = _DECIDED.get((name, dtype, index))
+    return _is_registered(name, device.upper()) and (decided is None or decided[0] != "reference")
+
+
 def implementation(name: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """Which implementation of op `name` runs on `device` ("cpu" or "cuda"): "reference", "cpu", "triton" or "cuda".
 

@@ -51,8 +51,7 @@ def _fastest(name: str, kind: str, index: int | None, dtype: torch.dtype) -> str
         measured = _library.fastest(name, dtype, torch.cuda.get_device_name(index))
         if measured in BACKENDS and _missing(measured) is None:
             return measured
-    has_kernel = _library.implementation(name, kind, dtype) != "reference"
-    return "xray" if has_kernel or dtype == torch.float64 else "sdpa"
+    return "xray" if dtype == torch.float64 or _library.has_kernel(name, kind, index, dtype) else "sdpa"
 
 
 def _missing(backend: str) -> str | None:
