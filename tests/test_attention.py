@@ -255,6 +255,8 @@ def test_bad_prefix_is_named() -> None:
     for prefix in (0, 8):
         with pytest.raises(ValueError, match="num_prefix_tokens must be at least 1 and at most 7"):
             ops.attention_with_scores(GOOD, GOOD, GOOD, num_prefix_tokens=prefix)
+    with pytest.raises(ValueError, match="need a token beside the class token to score, got N = 1"):
+        ops.attention_with_scores(GOOD[:, :, :1], GOOD[:, :, :1], GOOD[:, :, :1])
     with pytest.raises(ValueError, match="same number of tokens"):
         ops.attention_with_scores(GOOD[:, :, :4], GOOD, GOOD)
 

@@ -96,6 +96,8 @@ def attention_with_scores(
         raise ValueError(
             f"query and key must have the same number of tokens to score them, got {query.shape[2]} and {length}"
         )
+    if length == 1:
+        raise ValueError("query and key need a token beside the class token to score, got N = 1")
     _checks.check_int("num_prefix_tokens", num_prefix_tokens, 1, length - 1, "at least the class token, fewer than N")
     _check_lengths(key_lengths, query)
     chosen = backends.choose(backend, "attention_with_scores", query)
