@@ -70,10 +70,15 @@ class Call:
         scores, row = implementation.class_scores(
             self.query, self.key, self.scale, self.prefix, self.key_lengths, self.cu_seqlens, longest
         )
-        grads = [like(x, x) for x in (self.grad_query, self.grad_key)]
+        grads = [between_sevens(x) for x in (self.grad_query, self.grad_key)]
         implementation.class_scores_backward(
             self.grad_scores, self.query, self.key, row, self.scale, self.prefix, self.cu_seqlens, longest, *grads
         )
+        for grad in grads:
+            memory = grad.new_empty(0).set_(grad.untyped_storage())
+            between = torch.ones_like(memory, dtype=torch.bool)
+            between.as_strided(grad.shape, grad.stride(), grad.storage_offset()).fill_(False)
+            assert (memory[between] == 7).all(), "wrote between the elements of a gradient"
         return {"scores": scores, "class_row": row, "grad_query": grads[0], "grad_key": grads[1]}
 
     def compose(self) -> dict[str, Tensor]:
@@ -106,13 +111,14 @@ class Call:
         }
 
 
-def like(value: Tensor, layout: Tensor) -> Tensor:
-    """A copy with the strides and the alignment of `layout`, NaN between its elements."""
-    span = 1 + sum((n - 1) * stride for n, stride in zip(layout.shape, layout.stride(), strict=True) if n > 1)
-    offset = layout.data_ptr() % 16 // layout.element_size()
-    memory = torch.full((span + offset + 8,), float("nan"), dtype=value.dtype)
-    aligned = memory[-memory.data_ptr() % 16 // memory.element_size() :]
-    return aligned.as_strided(layout.shape, layout.stride(), aligned.storage_offset() + offset).copy_(value)
+def between_sevens(value: Tensor) -> Tensor:
+    """A copy with the same strides and alignment, and 7 in the memory around and between its elements."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True) if n > 1)
+    offset = value.data_ptr() % 16 // value.element_size()
+    memory = value.new_full((span + offset + 16,), 7.0)
+    return memory.as_strided(
+        value.shape, value.stride(), 8 + (offset - memory.data_ptr() // value.element_size()) % 8
+    ).copy_(value)
 
 
 def made(

@@ -1,7 +1,7 @@
 // CUDA kernels of the class token's attention: class_scores and its backward. Fixed order of every sum, no atomics.
 //
 // A key is held by a team of lanes, 8 channels each, in vectors of 16 bytes where rows allow it (for D = 64 eight
-// lanes, so four keys a warp at once), and a warp has 32 registers a lane of keys on their way. Team t of a warp's 32
+// lanes, so four keys a warp at once), and a lane has 32 registers of keys on their way. Team t of a warp's 32
 // keys takes those from t * lanes on, one a round: after `lanes` rounds lane i has the sum that belongs to key i.
 //
 // Forward, first launch: a warp computes the logits of 32 keys of one head, which it leaves in class_row, and their

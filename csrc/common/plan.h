@@ -137,7 +137,7 @@ struct ClassRowPlan {
 //
 // Forward, a key is row_bytes = D * 2 or 4 of memory and next to no arithmetic. An SM's share of an H100's memory is 14
 // bytes a cycle with about 800 cycles of latency: 11 KiB have to be on their way. A tile is 32 row_bytes (4 KiB for D =
-// 64 in bfloat16), requested at once by its warp, so three warps an SM would do, and 24 fit. So tiles are as small as a
+// 64 in bfloat16), requested at once by its warp, so three warps an SM would do, and 20 fit. So tiles are as small as a
 // warp has lanes: one image of 12 heads and 197 tokens has 84, for 132 SMs; 64 such images have 5,376, 41 an SM. What a
 // tile costs beside its keys: its query, row_bytes (3%), and 8 bytes of statistics (0.2%), in L2.
 //
