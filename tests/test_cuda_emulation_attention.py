@@ -309,6 +309,12 @@ def test_strides_and_alignment(kind: str, which: str, dtype: torch.dtype, gpu: S
     check(call, f"{which} {kind}", given)
 
 
+@pytest.mark.parametrize("kind", STRIDES)
+def test_strides_of_more_than_one_slice(kind: str, gpu: SetGpu) -> None:
+    call = made(1, 2, 300, 16)
+    check(call, kind, call.with_tensors(functools.partial(strided, kind)))
+
+
 def test_gradient_of_a_sum_is_a_broadcast_number(gpu: SetGpu) -> None:
     call = made(3, 2, 40, 16)
     call = replace(call, grad_scores=torch.tensor(3.0).expand(3, 39))
