@@ -83,7 +83,10 @@ def cuda_library() -> cpp_extension.CppExtension:
     undo += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
     return cpp_extension.CppExtension(
         "xray_kernels._cuda",
-        [f"csrc/token_reorganize/{file}" for file in ("cuda_bindings.cpp", "cuda.cu", "cuda_backward.cu")],
+        [
+            *(f"csrc/token_reorganize/{file}" for file in ("cuda_bindings.cpp", "cuda.cu", "cuda_backward.cu")),
+            *(f"csrc/attention/{file}" for file in ("cuda_bindings.cpp", "cuda_class_row.cu")),
+        ],
         include_dirs=[INCLUDE, f"{CUDA_HOME}/include"],
         py_limited_api=True,
         extra_compile_args={

@@ -75,4 +75,12 @@ PYBIND11_MODULE(_host, m) {
       },
       "The same for the CUDA backward.", pybind11::arg("batch"), pybind11::arg("length"), pybind11::arg("keep"),
       pybind11::arg("channels"), pybind11::arg("element_size"), pybind11::arg("norm"), pybind11::arg("processors"));
+  m.def(
+      "plan_class_row",
+      [](int64_t length, int64_t sequences, bool packed) {
+        const xray::ClassRowPlan plan = xray::plan_class_row(length, sequences, packed);
+        return std::map<std::string, int64_t>{{"tiles", plan.tiles}, {"chunks", plan.chunks}, {"slices", plan.slices}};
+      },
+      "How the CUDA kernels of class_scores and its backward split the keys of a batch row, for each head.",
+      pybind11::arg("length"), pybind11::arg("sequences") = 1, pybind11::arg("packed") = false);
 }

@@ -7,70 +7,36 @@ barriers and shuffles run as written (`cuda_emulation/`), by the same cases and 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import cuda_emulated
 import pytest
 import torch
+from cuda_emulated import DTYPES, NAMESPACE, SetGpu, before_a_guard
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from xray_kernels import token_reorganize as public
 from xray_kernels.testing import Case, Inputs, OpSpec, assert_within_rule, convert, randn, run
 from xray_kernels.token_reorganize import reference
 from xray_kernels.token_reorganize.spec import SPECS
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMESPACE = "xray_emulated"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS for case in spec.cases]
 PLAIN, SEAM = SPECS
-SetGpu = Callable[[int, int], None]
-
-
-def cuda_include() -> Path | None:
-    """The headers of the CUDA toolkit, as setup.py finds them."""
-    nvcc = shutil.which("nvcc")
-    homes = (os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda")
-    return next((Path(h, "include") for h in homes if h and Path(h, "include/cuda_fp16.h").exists()), None)
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The emulated kernels, loaded as the ops `xray_emulated::*` of the CPU."""
-    include = cuda_include()
-    if include is None or shutil.which("g++") is None:
-        pytest.skip("needs g++ and the headers of a CUDA toolkit")
-    file = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    folders = [ROOT / "tests/cuda_emulation", ROOT / "csrc", include, *cpp_extension.include_paths()]
-    libraries = Path(torch.__file__).parent / "lib"
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-class-memaccess"]
-    # a misaligned vector, an index past an array or an overflow ends the process
-    command += ["-fsanitize=alignment,bounds,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{folder}" for folder in folders)]
-    command += [str(ROOT / "tests/cuda_emulation/emulation.cpp"), "-o", str(file)]
-    command += [f"-L{libraries}", "-ltorch", "-ltorch_cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    library = torch.library.Library(NAMESPACE, "DEF")
-    for name in ("reorganize_tokens", "add_reorganize_norm"):
-        for op in (name, f"{name}_backward"):
-            schema = getattr(torch.ops.xray_kernels, op).default._schema
-            library.define(str(schema).split("::", 1)[1])
-    torch.ops.load_library(file)
+    names = ("reorganize_tokens", "add_reorganize_norm")
+    ops = [op for name in names for op in (name, f"{name}_backward")]
+    library, kernels = cuda_emulated.load("token_reorganize", ops, tmp_path_factory.mktemp("emulation"))
     for name, backward, setup in (
         ("reorganize_tokens", public._backward_reorganize, public._setup_reorganize),
         ("add_reorganize_norm", public._backward_add_reorganize_norm, public._setup_add_reorganize_norm),
     ):
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=library)
-    emulated = ctypes.CDLL(str(file))
-    emulated.library = library  # type: ignore[attr-defined]  # the definitions live as long as the fixture
-    return emulated
+    return kernels
 
 
 @pytest.fixture
@@ -174,19 +140,6 @@ def test_strides_and_alignment(spec: OpSpec, kind: str, gpu: SetGpu) -> None:
     given = {name: view(value) for name, value in inputs.items()}
     same = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
     check(spec, same, kind, given)
-
-
-def before_a_guard(value: Any) -> Any:
-    """The same tensor at the end of a page, before one that must not be touched: a read past it ends the process."""
-    if not isinstance(value, Tensor):
-        return value
-    size, page = value.numel() * value.element_size(), mmap.PAGESIZE
-    whole = -(-size // page) * page
-    area = mmap.mmap(-1, whole + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area)) + whole
-    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address), page, 0) == 0
-    data = torch.frombuffer(area, dtype=torch.uint8, offset=whole - size, count=size)
-    return data.view(value.dtype).view(value.shape).copy_(value)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

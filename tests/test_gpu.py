@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_cuda_emulation_attention as class_row
 import torch
 from torch import Tensor
 
 import xray_kernels
 from xray_kernels import _library, testing
+from xray_kernels.attention import attention_with_scores
 from xray_kernels.testing import Case, Inputs, OpSpec
 from xray_kernels.token_reorganize import spec as token_reorganize
 
@@ -24,6 +28,7 @@ SPECS: list[OpSpec] = [
 OP_CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS for case in spec.cases]
 FIRST_CASES = [pytest.param(spec, spec.cases[0], id=spec.name) for spec in SPECS]
 REORGANIZE = [pytest.param(spec, id=spec.name) for spec in token_reorganize.SPECS]
+WITH_SCORES = next(spec for spec in SPECS if spec.name == "attention_with_scores")
 HALVES = [torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -111,6 +116,52 @@ def test_replays_in_a_graph(spec: OpSpec, implementation: str) -> None:
         inputs["scores"].copy_(others["scores"])
         graph.replay()
     assert all(torch.equal(got, want) for got, want in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in WITH_SCORES.cases])
+def test_scores_beside_another_attention(case: Case, dtype: torch.dtype, implementation: str) -> None:
+    """The class token's row has ops of its own beside PyTorch's attention."""
+    inputs = make(case, dtype)
+    spec = replace(WITH_SCORES, function=functools.partial(attention_with_scores, backend="sdpa"))
+    check(spec, inputs, inputs, f"[{implementation}] {case.name} {dtype} over sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    "lengths", [[1], [33], [1569], *class_row.PACKED.values()], ids=lambda lengths: str(lengths)[:30]
+)
+def test_class_scores(lengths: list[int], packed: bool, dtype: torch.dtype, implementation: str) -> None:
+    """The ops by themselves, rows and packed sequences, by the cases that prove the CUDA kernels on the CPU."""
+    length = max(1, sum(lengths))
+    call = class_row.made(
+        1 if packed else 3, 4, length, 64, dtype=dtype, packed=[*lengths, length - sum(lengths)] if packed else None
+    )
+    on_gpu = call.with_tensors(lambda x: x.cuda())
+    actual, again = on_gpu.run(torch.ops.xray_kernels), on_gpu.run(torch.ops.xray_kernels)
+    oracle = call.in_double().run(class_row.reference)
+    testing.assert_within_rule(
+        {name: value.cpu() for name, value in actual.items()}, call.compose(), oracle, what=f"{lengths} {dtype}"
+    )
+    assert all(torch.equal(actual[name], again[name]) for name in actual)
+
+
+def test_class_scores_replay_in_a_graph(implementation: str) -> None:
+    """Captured once, replayed on another query in the same memory."""
+    call = class_row.made(2, 3, 577, 64).with_tensors(lambda x: x.cuda())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call.run(torch.ops.xray_kernels)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call.run(torch.ops.xray_kernels)
+    call.query.neg_()
+    wanted = call.run(torch.ops.xray_kernels)
+    graph.replay()
+    assert all(torch.equal(captured[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "common/cuda_launch.cuh"
+#include "common/dtypes.h"
 
 namespace xray {
 
@@ -77,6 +78,18 @@ struct Pack {
     return pack;
   }
 };
+
+// Calls f(null pointer of the element type, integral constant of the elements in a vector).
+template <class F>
+auto for_vectors(Element type, bool wide, F&& f) {
+  const auto with = [&](auto null) {
+    constexpr int elements = 16 / sizeof *null;
+    return wide ? f(null, std::integral_constant<int, elements>{}) : f(null, std::integral_constant<int, 1>{});
+  };
+  if (type == Element::kHalf) return with(static_cast<__half*>(nullptr));
+  if (type == Element::kBFloat16) return with(static_cast<__nv_bfloat16*>(nullptr));
+  return with(static_cast<float*>(nullptr));
+}
 
 __device__ inline int lane_id() {
   return int(threadIdx.x) % kWarp;

@@ -133,4 +133,37 @@ inline ReorganizeBackwardPlan plan_reorganize_backward(
   return plan;
 }
 
+// Keys of a warp of class_scores, one a lane; of a block of its second launch, one a thread; and of a block of the
+// backward, 32 a warp. Sums are kept for each of these pieces and joined in their order, so results have the same bits
+// on any number of processors.
+constexpr int kTileKeys = 32, kChunkKeys = 128, kSliceKeys = 256;
+
+// Pieces of one batch row for each head: a warp (tile) or a block each, and a place in the workspace.
+struct ClassRowPlan {
+  int64_t tiles, chunks, slices;
+};
+
+// A batch row has `length` keys, of `sequences` sequences where it is packed. The pieces of packed sequence i, which
+// starts at key k, begin at number k / size + i: past those of sequence i - 1, and all together only one a sequence
+// more than the keys need, whatever the lengths, which the host does not know. A warp finds the sequence of its piece.
+//
+// Forward, a key is row_bytes = D * 2 or 4 of memory and next to no arithmetic. An SM's share of an H100's memory is 14
+// bytes a cycle with about 800 cycles of latency: 11 KiB have to be on their way. A tile is 32 row_bytes (4 KiB for D =
+// 64 in bfloat16), requested at once by its warp, so three warps an SM would do, and 20 fit. So tiles are as small as a
+// warp has lanes: one image of 12 heads and 197 tokens has 84, for 132 SMs; 64 such images have 5,376, 41 an SM. What a
+// tile costs beside its keys: its query, row_bytes (3%), and 8 bytes of statistics (0.2%), in L2.
+//
+// The second launch reads and writes 4 bytes a key and head, and reads the statistics: 6% of the keys' bytes, in L2. A
+// thread takes a key and all heads, which it adds up in their order.
+//
+// Backward, a key is 3 row_bytes (its gradient in and out). Every block needs t, a sum over the row (8 bytes a key,
+// from L2): with 256 keys a block that is 2% of its bytes for 197 tokens, and 15% for 1,569, in L2. Rows of up to 256
+// keys are one block a head, which adds to the query's gradient itself, so there is no second launch. A smaller slice
+// would give one image of 12 heads more than 12 blocks, but its 0.9 MB pass 12 SMs in less time than a second launch
+// takes.
+inline ClassRowPlan plan_class_row(int64_t length, int64_t sequences, bool packed) {
+  const auto pieces = [&](int64_t size) { return packed ? length / size + sequences : (length + size - 1) / size; };
+  return {pieces(kTileKeys), pieces(kChunkKeys), pieces(kSliceKeys)};
+}
+
 }  // namespace xray

@@ -56,4 +56,20 @@ void for_element_type(const Tensor& tensor, const char* name, F&& f) {
   }
 }
 
+// The element type of `tensor` for a CUDA launcher.
+inline Element element(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::Half:
+      return Element::kHalf;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    default:
+      STD_TORCH_CHECK(
+          false, name,
+          " must be float32, float16 or bfloat16 for the CUDA kernel (XRAY_KERNELS=reference takes float64)");
+  }
+}
+
 }  // namespace xray

@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-namespace xray {
+#include "common/dtypes.h"
 
-enum class Element { kFloat, kHalf, kBFloat16 };
+namespace xray {
 
 // The most candidates (N - P) that a block can order in shared memory: their index is 13 bits of a rank.
 constexpr int64_t kMostCandidates = 8192;

@@ -7,21 +7,6 @@
 namespace xray {
 namespace {
 
-Element element(const Tensor& tokens) {
-  switch (tokens.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat;
-    case ScalarType::Half:
-      return Element::kHalf;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      STD_TORCH_CHECK(
-          false,
-          "tokens must be float32, float16 or bfloat16 for the CUDA kernel (XRAY_KERNELS=reference takes float64)");
-  }
-}
-
 RowsIn rows(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
@@ -61,7 +46,7 @@ std::tuple<Tensor, Tensor> reorganize_tokens(Tensor tokens, Tensor scores, int64
   call.scores = scores_in(scores, tokens);
   call.out = out.mutable_data_ptr();
   call.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  check_launch(launch_reorganize(call, element(tokens), device.stream()), "reorganize_tokens");
+  check_launch(launch_reorganize(call, element(tokens, "tokens"), device.stream()), "reorganize_tokens");
   return {out, indices};
 }
 
@@ -82,7 +67,8 @@ std::tuple<Tensor, Tensor> reorganize_tokens_backward(
   call.indices = static_cast<const int64_t*>(indices.const_data_ptr());
   call.grad_tokens = grad_tokens.mutable_data_ptr();
   call.grad_scores = grad_scores.mutable_data_ptr();
-  check_launch(launch_reorganize_backward(call, element(tokens), device.stream()), "reorganize_tokens_backward");
+  check_launch(
+      launch_reorganize_backward(call, element(tokens, "tokens"), device.stream()), "reorganize_tokens_backward");
   return {grad_tokens, grad_scores};
 }
 
@@ -109,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> add_reorganize_norm(
   call.out = stream.mutable_data_ptr();
   call.normed = normed.mutable_data_ptr();
   call.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  check_launch(launch_add_reorganize_norm(call, element(residual), device.stream()), "add_reorganize_norm");
+  check_launch(launch_add_reorganize_norm(call, element(residual, "tokens"), device.stream()), "add_reorganize_norm");
   return {stream, normed, indices};
 }
 
@@ -144,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_reorganize_norm_backward(
   call.grad_scores = grad_scores.mutable_data_ptr();
   call.grad_weight = grad_weight.mutable_data_ptr();
   call.grad_bias = grad_bias.mutable_data_ptr();
-  const Element type = element(residual);
+  const Element type = element(residual, "tokens");
   Tensor workspace = torch::stable::new_empty(residual, {add_reorganize_norm_workspace(call, type)}, ScalarType::Float);
   call.workspace = static_cast<float*>(workspace.mutable_data_ptr());
   check_launch(launch_add_reorganize_norm_backward(call, type, device.stream()), "add_reorganize_norm_backward");

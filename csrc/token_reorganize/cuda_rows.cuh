@@ -1,5 +1,5 @@
 // What the kernels of token reorganisation share: where rows and scores lie, copying, LayerNorm of a stored row, and
-// the choice of the instantiation for a call.
+// whether its vectors can be 16 bytes.
 #pragma once
 
 #include "common/cuda_vector.cuh"
@@ -108,21 +108,5 @@ class Alignment {
   int64_t size_;
   bool fits_;
 };
-
-// Calls f(null pointer of the element type, integral constant of the elements in a vector).
-template <class F>
-auto for_vectors(Element type, bool wide, F&& f) {
-  const auto with = [&](auto null) {
-    constexpr int elements = 16 / sizeof *null;
-    return wide ? f(null, std::integral_constant<int, elements>{}) : f(null, std::integral_constant<int, 1>{});
-  };
-  if (type == Element::kHalf) return with(static_cast<__half*>(nullptr));
-  if (type == Element::kBFloat16) return with(static_cast<__nv_bfloat16*>(nullptr));
-  return with(static_cast<float*>(nullptr));
-}
-
-inline int64_t element_size(Element type) {
-  return type == Element::kFloat ? 4 : 2;
-}
 
 }  // namespace xray

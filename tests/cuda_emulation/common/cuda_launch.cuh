@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
 #include <vector_functions.h>
@@ -35,6 +36,8 @@ constexpr int kWarp = 32, kMostThreads = 1024, kStack = 64 << 10, kSharedBytes =
 
 inline int processors = 132;  // that the launchers see
 inline int schedule = 0;      // threads in ascending order, 1: descending, more: shuffled by this seed
+// Turns of a warp in one block, from one barrier or collective to the next; no kernel at hand takes a hundredth of it.
+constexpr int64_t kMostTurns = 4 << 20;
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "emulated GPU, block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
@@ -134,11 +137,13 @@ inline void run_block(int count, int64_t shared_bytes) {
     thread.start.uc_stack.ss_size = kStack;
     makecontext(&thread.start, run_thread, 0);
   }
+  int64_t turns = 0;
   for (int left = count; left > 0;) {
     bool moved = false;
     for (int first = 0; first < count; first += kWarp) {
       for (bool ran = true; ran;) {  // a warp runs as far ahead of the others as it can
         ran = false;
+        if (++turns > kMostTurns) fail("the block does not end");
         for (int at = first; at < first + kWarp; ++at) {
           Thread& thread = threads[order[at]];
           if (thread.done || (thread.awaits && thread.awaits->generation == thread.generation)) continue;
@@ -180,6 +185,10 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T value, int step) {
   const int lane = threadIdx.x % 32;
   return lane_value<T>(emulation::exchange("shfl_up", mask, value), lane < step ? lane : lane - step);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return lane_value<T>(emulation::exchange("shfl", mask, value), lane & 31);
 }
 template <class T, class F>
 T reduce_lanes(const uint64_t* values, F f) {
@@ -255,3 +264,8 @@ inline int processor_count() {
 }
 
 }  // namespace xray
+
+extern "C" __attribute__((visibility("default"), used)) inline void set_emulated_gpu(int processors, int schedule) {
+  emulation::processors = processors;
+  emulation::schedule = schedule;
+}

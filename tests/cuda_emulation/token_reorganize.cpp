@@ -10,8 +10,3 @@
 #define xray_kernels xray_emulated
 #define CUDA CPU
 #include "token_reorganize/cuda_bindings.cpp"
-
-extern "C" __attribute__((visibility("default"))) void set_emulated_gpu(int processors, int schedule) {
-  emulation::processors = processors;
-  emulation::schedule = schedule;
-}
