@@ -43,7 +43,6 @@ def choose(asked: str, name: str, query: Tensor) -> str:
     return asked
 
 
-@torch.compiler.assume_constant_result
 def _fastest(name: str, kind: str, index: int | None, dtype: torch.dtype) -> str:
     if not _library.is_free() or kind not in ("cpu", "cuda"):
         return "xray"
@@ -52,6 +51,10 @@ def _fastest(name: str, kind: str, index: int | None, dtype: torch.dtype) -> str
         if measured in BACKENDS and _missing(measured) is None:
             return measured
     return "xray" if dtype == torch.float64 or _library.has_kernel(name, kind, index, dtype) else "sdpa"
+
+
+# torch.compiler.assume_constant_result does this, and imports the compiler, which takes longer than all the rest
+_fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _missing(backend: str) -> str | None:

@@ -160,7 +160,7 @@ SPECS = (
             _case("more keys", 2, 1, 33, 100, 32),
             _case("more queries", 2, 1, 100, 33, 32),
             _case("causal", 2, 2, 77, 77, 64, is_causal=True),
-            _case("causal rectangle", 1, 2, 20, 30, 16, is_causal=True),
+            _case("causal rectangle", 1, 2, 21, 30, 16, is_causal=True),
             _case("lengths", 4, 2, 40, 40, 32, key_lengths=[40, 0, 1, 17]),
             _case("causal with lengths", 3, 2, 40, 40, 32, is_causal=True, key_lengths=[40, 1, 23]),
             _case("sharp", 1, 2, 50, 50, 64, peak=30.0),
