@@ -155,7 +155,7 @@ def attention_backward(
     max_seqlen: int,
     num_prefix_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value. The scores add theirs to the probabilities' gradient in the class tokens' rows."""
+    """Gradients of query, key, value. The scores add theirs to the probabilities' gradient in class tokens' rows."""
     logits = _logits(query, key, scale, is_causal, key_lengths, cu_seqlens)
     p = (logits - statistics[0][..., None] - statistics[1][..., None]).exp()
     wide = p.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -82,7 +83,7 @@ def _split(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> lis
     bounds = cu_seqlens.tolist()
     return [
         [x[first:last].transpose(0, 1)[None] for x in (query, key, value)]
-        for first, last in zip(bounds, bounds[1:], strict=False)
+        for first, last in itertools.pairwise(bounds)
         if last > first
     ]
 
