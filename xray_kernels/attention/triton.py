@@ -58,8 +58,8 @@ class Tiles(NamedTuple):
 
 
 OWN = {128: 1.0, 64: 1.1, 32: 1.4}
-"""Cost of a row by the rows a program owns: one of 64 reads a key fragment for half as many rows as one of 128; one of
-32 has two warps, too few for Hopper's and Blackwell's matrix units."""
+"""Cost of a row by the rows a program owns: one of 64 loads each key for half as many rows as one of 128; one of 32 has
+two warps, too few for Hopper's and Blackwell's matrix units."""
 INNER = {64: 1.0, 32: 1.15}
 """Cost of a row by the size of the tiles walked over: smaller ones rescale and wait more often."""
 
@@ -95,7 +95,7 @@ def configuration(kernel: str, queries: int, keys: int, head_dim: int, dtype: to
         if columns > 128:
             return Tiles(64, 32, 8, 2)
         block = _cheapest(queries, OWN)
-        return Tiles(block, _cheapest(keys, INNER), 2 if block == 32 else 8 if block * columns > 128 * 80 else 4, 2)
+        return Tiles(block, _cheapest(keys, INNER), block // 16, 2)
     own, inner, warps, stages = 64, _cheapest(keys if kernel == "query" else queries, INNER), 4, 2
     if 64 < columns < 128:
         inner = 32
@@ -296,8 +296,8 @@ def class_scores(
 
 
 def _class_block(head_dim: int) -> int:
-    """Keys that one step of a class token's kernel reads: 32 KiB of float32 in registers."""
-    return max(16, min(128, 8192 // triton.next_power_of_2(head_dim)))
+    """Keys that one step of a class token's kernel reads: 16 KiB of float32 in registers."""
+    return max(16, min(128, 4096 // triton.next_power_of_2(head_dim)))
 
 
 def class_scores_backward(

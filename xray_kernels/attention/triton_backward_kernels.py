@@ -43,8 +43,8 @@ def probabilities(logits, largest, log_sum, seen, scale, WIDE: tl.constexpr):
 @triton.jit
 def scores_of(grad_scores, batch_stride, column_stride, row, first, prefix, cu_seqlens):
     """Where the gradient of one sequence's scores starts, counted from its first token."""
-    packed: tl.constexpr = cu_seqlens is not None
-    return grad_scores + (first * column_stride if packed else row * batch_stride - prefix * column_stride)
+    offset = first * column_stride if cu_seqlens is not None else row * batch_stride - prefix * column_stride
+    return grad_scores + offset
 
 
 @triton.jit

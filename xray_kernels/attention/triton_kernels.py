@@ -126,6 +126,8 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     if REST > 0:
         acc_rest = tl.zeros([BLOCK_M, REST], tl.float32)
+    if class_row is not None:
+        class_row += (row * heads + head) * keys + first
     stop = limit
     if CAUSAL:
         stop = tl.minimum(limit, tile * BLOCK_M + BLOCK_M)
@@ -137,9 +139,9 @@ def forward_kernel(
             logits *= scale * LOG2E
         if class_row is not None:  # noqa: SIM102
             if tile == 0:
-                here = (rows == 0)[:, None] & (columns < limit)[None, :]
-                to = class_row + (row * heads + head) * keys + first + columns[None, :] + rows[:, None] * 0
-                tl.store(to, logits if WIDE else logits * LN2, mask=here)
+                # a sum, as a masked store of the tile would take shared memory for all of it
+                class_logits = tl.sum(tl.where((rows == 0)[:, None], logits, 0.0), 0)
+                tl.store(class_row + columns, class_logits if WIDE else class_logits * LN2, mask=columns < limit)
         seen = (columns < limit)[None, :]
         if CAUSAL:
             seen = seen & (columns[None, :] <= rows[:, None])
@@ -178,10 +180,12 @@ def class_logits_kernel(
     head = tl.program_id(0) % heads
     batch = tl.program_id(0) // heads
     row, first, length, limit = sequence_of(batch, keys, keys, key_lengths, cu_seqlens)
+    if length == 0:
+        return
     query = head_of(query, row, head, first, query_batch, query_head, query_row, EIGHT)
     key = head_of(key, row, head, first, key_batch, key_head, key_row, EIGHT)
     channels = tl.arange(0, WIDTH)
-    q = tl.load(query + channels.to(tl.int64) * query_column, mask=(channels < HEAD_DIM) & (length > 0), other=0.0)
+    q = tl.load(query + channels.to(tl.int64) * query_column, mask=channels < HEAD_DIM, other=0.0)
     q = q.to(tl.float32) * scale
     class_row += (row * heads + head) * keys + first
     top = float("-inf")
