@@ -170,6 +170,7 @@ GATED = {
 ON_HOPPER = {
     torch.float32: [Attention(64, 16, 257, 80, torch.float32)],
     torch.bfloat16: [
+        Attention(64, 16, 257, 72, torch.bfloat16),
         Attention(64, 12, 140, 64, torch.bfloat16, scores=True),
         Attention(64, 8, 77, 64, torch.bfloat16, is_causal=True),
         Attention(1, 12, 8 * 1025, 64, torch.bfloat16, scores=True, packed=True),
@@ -187,18 +188,22 @@ SHARED_KIB = {80: 163, 90: 227, 100: 227}
 """The most shared memory that a block of threads can have."""
 
 
-def resources(launch: Launch, architecture: int, folder: Path) -> tuple[int, int]:
-    """Bytes of stack a thread of the compiled kernel uses, what does not fit into registers; and of shared memory."""
+def compiled(launch: Launch, architecture: int) -> Any:
     source = triton.compiler.ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def resources(launch: Launch, architecture: int, folder: Path) -> tuple[int, int]:
+    """Bytes of stack a thread of the compiled kernel uses, what does not fit into registers; and of shared memory."""
+    kernel = compiled(launch, architecture)
     file = folder / f"{architecture}.cubin"
-    file.write_bytes(compiled.asm["cubin"])
+    file.write_bytes(kernel.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
     usage = subprocess.run([tool, "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True)
     found = re.search(r"STACK:(\d+)", usage.stdout)
     assert found is not None, usage.stdout
-    return int(found[1]), compiled.metadata.shared
+    return int(found[1]), kernel.metadata.shared
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +249,16 @@ def test_attention_kernels_compile_without_spills(
     names = {launch.kernel.__name__ for launch in found}
     assert len(names) == 6 + (dtype == torch.bfloat16), names
     assert_fits(found, architecture, tmp_path)
+
+
+def test_heads_of_72_channels_are_read_as_vectors(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though 72 is no multiple of 16, which is all that Triton looks at in a stride."""
+    found = launches(monkeypatch, lambda: attention_both_directions(Attention(64, 16, 257, 72, torch.bfloat16)))
+    assert len(found) == 3
+    for launch in found:
+        loads = compiled(launch, 90).asm["ptx"]
+        assert "cp.async.cg.shared.global" in loads
+        assert not re.search(r"ld\.global\S*\.[bu]16", loads)
 
 
 def test_a_spill_would_be_seen(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

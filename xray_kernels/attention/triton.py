@@ -130,6 +130,13 @@ def _eight(*tensors: Tensor) -> bool:
     return all(x.stride(3) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3]) for x in tensors)
 
 
+def _strided(eight: bool, *tensors: Tensor) -> list[Any]:
+    """Each tensor and its strides, but the last in units of 8 when `eight`: then no value is needed to see that rows
+    start at multiples of 16 bytes, which heads of 72 channels would not show."""
+    unit = 8 if eight else 1
+    return [a for x in tensors for a in (x, *(stride // unit for stride in x.stride()[:3]), x.stride(3))]
+
+
 def _sequences(query: Tensor, cu_seqlens: Tensor | None) -> int:
     return query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
@@ -149,15 +156,15 @@ def _forward(
     longest, longest_key = (max_seqlen, max_seqlen) if packed else (length, key.shape[2])
     tile = configuration("forward", longest, longest_key, head_dim, query.dtype)
     width, rest = blocks(head_dim)
-    tiles = triton.cdiv(longest, tile.block_m)
+    tiles, eight = triton.cdiv(longest, tile.block_m), _eight(query, key, value)
     programs = _sequences(query, cu_seqlens) * heads * tiles
     if programs:
         with _on(query):
             kernels.forward_kernel[(programs,)](
-                query, *query.stride(), key, *key.stride(), value, *value.stride(), out, statistics, class_row,
+                *_strided(eight, query, key, value), out, statistics, class_row,
                 key_lengths, cu_seqlens, scale, heads, length, key.shape[2], tiles, statistics.stride(0),
                 HEAD_DIM=head_dim, WIDTH=width, REST=rest, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                CAUSAL=is_causal, EIGHT=_eight(query, key, value), num_warps=tile.warps, num_stages=tile.stages,
+                CAUSAL=is_causal, EIGHT=eight, num_warps=tile.warps, num_stages=tile.stages,
                 **FUSION,
             )  # fmt: skip
     return out, statistics
@@ -236,7 +243,8 @@ def attention_backward(
     statistics = statistics.contiguous()
     longest, longest_key = (max_seqlen, max_seqlen) if packed else (length, keys)
     programs = _sequences(query, cu_seqlens) * heads
-    tensors = (grad_out, *grad_out.stride(), query, *query.stride(), key, *key.stride(), value, *value.stride())
+    eight = _eight(grad_out, query, key, value, out)
+    tensors = _strided(eight, grad_out, query, key, value)
     sizes = (key_lengths, cu_seqlens, scale, heads, length, keys)
     width, rest = blocks(head_dim)
 
@@ -244,7 +252,7 @@ def attention_backward(
         if grid:
             kernel[(grid,)](
                 *tensors, *args, HEAD_DIM=head_dim, WIDTH=width, REST=rest, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-                CAUSAL=is_causal, EIGHT=_eight(grad_out, query, key, value, out), num_warps=tile.warps,
+                CAUSAL=is_causal, EIGHT=eight, num_warps=tile.warps,
                 num_stages=tile.stages, **FUSION,
             )  # fmt: skip
 
@@ -261,7 +269,7 @@ def attention_backward(
         tile = configuration("query", longest, longest_key, head_dim, query.dtype)
         tiles = triton.cdiv(longest, tile.block_m)
         launch(
-            backward_kernels.query_gradient_kernel, programs * tiles, tile, out, *out.stride(), statistics, delta,
+            backward_kernels.query_gradient_kernel, programs * tiles, tile, *_strided(eight, out), statistics, delta,
             grad_query, *scores, class_row, *sizes, tiles, half, num_prefix_tokens,
         )  # fmt: skip
         tile = configuration("key", longest, longest_key, head_dim, query.dtype)
@@ -284,20 +292,21 @@ def class_scores(
     sequences = _sequences(query, cu_seqlens)
     class_row = query.new_empty(batch, heads, length, dtype=torch.float32)
     statistics = query.new_empty(2, sequences, heads, dtype=torch.float32)
+    eight = _eight(query, key)
     if sequences * heads * length:
         with _on(query):
             kernels.class_logits_kernel[(sequences * heads,)](
-                query, *query.stride(), key, *key.stride(), class_row, statistics, key_lengths, cu_seqlens, scale,
+                *_strided(eight, query, key), class_row, statistics, key_lengths, cu_seqlens, scale,
                 heads, length, statistics.stride(0), HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-                BLOCK_N=_class_block(head_dim), EIGHT=_eight(query, key), num_warps=4, num_stages=2, **FUSION,
+                BLOCK_N=_class_block(head_dim), EIGHT=eight, num_warps=4, num_stages=2, **FUSION,
             )  # fmt: skip
     strides = (heads, 1, 0)
     return _scores(class_row, statistics, strides, num_prefix_tokens, key_lengths, cu_seqlens, max_seqlen), class_row
 
 
 def _class_block(head_dim: int) -> int:
-    """Keys that one step of a class token's kernel reads: 16 KiB of float32 in registers."""
-    return max(16, min(128, 4096 // triton.next_power_of_2(head_dim)))
+    """Keys that one step of a class token's kernel reads: 8 KiB of float32 in registers."""
+    return max(16, min(128, 2048 // triton.next_power_of_2(head_dim)))
 
 
 def class_scores_backward(
@@ -311,14 +320,15 @@ def class_scores_backward(
         )
         return
     _, heads, length, head_dim = key.shape
+    eight = _eight(query, key, grad_query, grad_key)
     sequences = _sequences(query, cu_seqlens)
     if sequences * heads * length:
         with _on(query):
             backward_kernels.class_gradient_kernel[(sequences * heads,)](
-                grad_scores, *grad_scores.stride(), query, *query.stride(), key, *key.stride(), class_row.contiguous(),
-                grad_query, *grad_query.stride(), grad_key, *grad_key.stride(), cu_seqlens, scale, heads, length,
+                grad_scores, *grad_scores.stride(), *_strided(eight, query, key), class_row.contiguous(),
+                *_strided(eight, grad_query, grad_key), cu_seqlens, scale, heads, length,
                 num_prefix_tokens, HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
-                BLOCK_N=_class_block(head_dim), EIGHT=_eight(query, key, grad_query, grad_key), num_warps=4,
+                BLOCK_N=_class_block(head_dim), EIGHT=eight, num_warps=4,
                 num_stages=2, **FUSION,
             )  # fmt: skip
 

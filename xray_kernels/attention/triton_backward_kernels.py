@@ -16,6 +16,7 @@ from xray_kernels.attention.triton_kernels import (
     head_of,
     product,
     rows_of,
+    scaled,
     sequence_of,
     store_tile,
     tile_of,
@@ -76,13 +77,14 @@ def row_products(a, a_rest, b, b_rest, REST: tl.constexpr):
 
 @triton.jit
 def long_product(
-    a, a_rows, a_count, a_row, a_column, factor, b, b_rows, b_count, b_row, b_column, HEAD_DIM: tl.constexpr
+    a, a_rows, a_count, a_row, a_column, factor, b, b_rows, b_count, b_row, b_column, HEAD_DIM: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
     """(factor A) B^T of rows in memory, 64 columns at a time and in their order: what `product` needs no registers for
     when rows are short."""
     result = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
-    a += a_rows.to(tl.int64)[:, None] * a_row
-    b += b_rows.to(tl.int64)[:, None] * b_row
+    a += scaled(a_rows.to(tl.int64)[:, None] * a_row, EIGHT)
+    b += scaled(b_rows.to(tl.int64)[:, None] * b_row, EIGHT)
     for start in range(0, HEAD_DIM, 64):
         columns = (start + tl.arange(0, 64))[None, :].to(tl.int64)
         inside = columns < HEAD_DIM
@@ -151,10 +153,34 @@ def query_gradient_kernel(
             seen = seen & (columns[None, :] <= rows[:, None])
         if LONG:
             logits = long_product(
-                query, rows, length, query_row, query_column, scale, key, columns, limit, key_row, key_column, HEAD_DIM
+                query,
+                rows,
+                length,
+                query_row,
+                query_column,
+                scale,
+                key,
+                columns,
+                limit,
+                key_row,
+                key_column,
+                HEAD_DIM,
+                EIGHT,
             )
             dp = long_product(
-                grad, rows, length, grad_row, grad_column, 1.0, value, columns, limit, value_row, value_column, HEAD_DIM
+                grad,
+                rows,
+                length,
+                grad_row,
+                grad_column,
+                1.0,
+                value,
+                columns,
+                limit,
+                value_row,
+                value_column,
+                HEAD_DIM,
+                EIGHT,
             )
         else:
             logits = product(q, q_rest, k, k_rest, REST)
@@ -289,7 +315,7 @@ def class_gradient_kernel(
         dq += tl.sum(ds[:, None] * k.to(tl.float32), 0)
         before = tile_of(grad_key, columns, length, to_key_row, to_key_column, HEAD_DIM, 0, WIDTH, EIGHT)
         after = (before.to(tl.float32) + ds[:, None] * q[None, :]).to(before.dtype)
-        at = columns.to(tl.int64)[:, None] * to_key_row + channels[None, :].to(tl.int64) * to_key_column
+        at = scaled(columns.to(tl.int64)[:, None] * to_key_row, EIGHT) + channels[None, :].to(tl.int64) * to_key_column
         tl.store(grad_key + at, after, mask=(columns < length)[:, None] & inside[None, :])
     to = grad_query + channels.to(tl.int64) * to_query_column
     before = tl.load(to, mask=inside, other=0.0)

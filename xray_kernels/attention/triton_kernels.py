@@ -1,7 +1,8 @@
 """Triton kernels of attention, forward, and what the backward shares; `triton.py` launches them and tells the story.
 
-Strides come in elements; offsets are 64-bit wherever a tensor may pass 2^31 elements. A head of D channels is two
-blocks side by side, WIDTH and, when REST > 0, REST columns: 80 is 64 + 16, where padding to 128 would waste 3/8.
+Strides come in elements, or in units of 8 elements (see `scaled`); offsets are 64-bit wherever a tensor may pass 2^31
+elements. A head of D channels is two blocks side by side, WIDTH and, when REST > 0, REST columns: 80 is 64 + 16, where
+padding to 128 would waste 3/8.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ def sequence_of(batch, queries, keys, key_lengths, cu_seqlens):
 
 
 @triton.jit
+def scaled(offset, EIGHT: tl.constexpr):
+    """An offset in elements from one by strides; EIGHT: which count 8 elements, so that loads can be vectors."""
+    return offset * 8 if EIGHT else offset
+
+
+@triton.jit
 def head_of(tensor, row, head, first, batch_stride, head_stride, row_stride, EIGHT: tl.constexpr):
-    """Where one sequence of one head starts. EIGHT: strides are multiples of 8, so that loads may be vectors."""
-    offset = row * batch_stride + head.to(tl.int64) * head_stride + first * row_stride
-    if EIGHT:
-        offset = tl.multiple_of(offset, 8)
-    return tensor + offset
+    """Where one sequence of one head starts."""
+    return tensor + scaled(row * batch_stride + head.to(tl.int64) * head_stride + first * row_stride, EIGHT)
 
 
 @triton.jit
@@ -50,9 +54,7 @@ def tile_of(
 ):  # fmt: skip
     """WIDTH columns, from FIRST, of some rows of one head; 0 past the last row or column."""
     columns = FIRST + tl.arange(0, WIDTH)
-    offset = rows.to(tl.int64) * row_stride
-    if EIGHT:
-        offset = tl.multiple_of(offset, 8)
+    offset = scaled(rows.to(tl.int64) * row_stride, EIGHT)
     mask = (rows < count)[:, None]
     if FIRST + WIDTH > HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
