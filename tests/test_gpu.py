@@ -16,6 +16,7 @@ from torch import Tensor
 import xray_kernels
 from xray_kernels import _library, testing
 from xray_kernels.attention import attention_with_scores
+from xray_kernels.attention import spec as attention
 from xray_kernels.testing import Case, Inputs, OpSpec
 from xray_kernels.token_reorganize import spec as token_reorganize
 
@@ -29,6 +30,7 @@ OP_CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in 
 FIRST_CASES = [pytest.param(spec, spec.cases[0], id=spec.name) for spec in SPECS]
 REORGANIZE = [pytest.param(spec, id=spec.name) for spec in token_reorganize.SPECS]
 WITH_SCORES = next(spec for spec in SPECS if spec.name == "attention_with_scores")
+ATTENTION = [pytest.param(spec, id=spec.name) for spec in attention.SPECS]
 HALVES = [torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -96,6 +98,46 @@ def test_real_shapes(spec: OpSpec, shape: tuple[int, int, int, int], dtype: torc
     case = token_reorganize._case(str(shape), batch, length, channels, keep)
     inputs = make(token_reorganize._seam(case) if spec.name == "add_reorganize_norm" else case, dtype)
     check(spec, inputs, inputs, f"[{implementation}] {shape} {dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"),
+    [(72, 64), (77, 64), (100, 64), (140, 64), (197, 64), (257, 80), (577, 64), (1569, 64), (100, 256)],
+)
+@pytest.mark.parametrize("spec", ATTENTION[:2])
+def test_attention_at_real_lengths(
+    spec: OpSpec, tokens: int, head_dim: int, dtype: torch.dtype, implementation: str
+) -> None:
+    case = attention._case(f"{tokens} x {head_dim}", 2, 12, tokens, tokens, head_dim)
+    inputs = make(case, dtype)
+    check(spec, inputs, inputs, f"[{implementation}] {case.name} {dtype}")
+
+
+@pytest.mark.parametrize("spec", ATTENTION)
+def test_attention_replays_in_a_graph(spec: OpSpec, implementation: str) -> None:
+    """Forward and backward captured once, replayed on other values in the same memory."""
+    inputs = make(next((case for case in spec.cases if case.name == "vit"), spec.cases[0]), torch.float16)
+    leaves = [value.requires_grad_() for name, value in inputs.items() if name in ("query", "key", "value")]
+
+    def both_directions() -> list[Tensor]:
+        result = spec.function(**inputs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both_directions()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_directions()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(leaf.flip(-1) / 2)
+    graph.replay()
+    assert all(torch.equal(got, want) for got, want in zip(captured, both_directions(), strict=True))
 
 
 @pytest.mark.parametrize("spec", REORGANIZE)

@@ -138,6 +138,32 @@ def test_a_wrong_kernel_is_named_once_and_never_used(monkeypatch: pytest.MonkeyP
     assert len(calls) == 1
 
 
+def test_an_op_that_writes_to_its_arguments_is_judged_by_what_it_wrote() -> None:
+    def double(x: Tensor, count: int) -> None:
+        x.mul_(2)
+
+    def double_all_but_one(x: Tensor, count: int) -> None:
+        x[:-1].mul_(2)
+
+    args = (torch.arange(4.0), 3)
+    assert _library.compare(double, args, double) is None
+    assert "output 0 differs by 3" in (_library.compare(double_all_but_one, args, double) or "")
+    assert torch.equal(args[0], torch.arange(4.0)), "each side wrote to copies"
+
+
+def test_infinities_must_be_equal() -> None:
+    """As in attention's statistics of rows without keys; and one does not widen what the others may differ by."""
+    infinity = float("inf")
+
+    def found(*values: float) -> str | None:
+        return _library.compare(lambda x: (torch.tensor(values),), (torch.zeros(1),), lambda x: (x.new_tensor(right),))
+
+    right = [1.0, infinity, -infinity]
+    assert found(1.0, infinity, -infinity) is None
+    for wrong in ((1.1, infinity, -infinity), (1.0, -infinity, -infinity), (1.0, 5.0, -infinity), (infinity,) * 3):
+        assert found(*wrong) is not None
+
+
 def test_a_graph_that_is_captured_gets_the_reference_and_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = use_kernel(monkeypatch, reference.reorganize_tokens)
     run = _library.choose_on_cuda(OP)

@@ -252,7 +252,7 @@ def checked(name: str, dtype: torch.dtype, device: torch.device) -> str:
             (
                 found
                 for args in module.samples(name, dtype, device)
-                if (found := compare(getattr(module, name)(*args), args, REFERENCES[name]))
+                if (found := compare(getattr(module, name), args, REFERENCES[name]))
             ),
             None,
         )
@@ -269,21 +269,36 @@ def checked(name: str, dtype: torch.dtype, device: torch.device) -> str:
     return "reference"
 
 
-def compare(actual: tuple[Any, ...], args: tuple[Any, ...], reference: Callable[..., Any]) -> str | None:
-    """How outputs differ from the reference in float64 by more than rounding; None when they do not."""
+def results(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call on copies of `args` returns; of an op that returns nothing, its tensors after it wrote to them."""
+    copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    returned = function(*copies)
+    return returned if returned is not None else tuple(copy for copy in copies if isinstance(copy, torch.Tensor))
+
+
+def compare(function: Callable[..., Any], args: tuple[Any, ...], reference: Callable[..., Any]) -> str | None:
+    """How results differ from the reference's in float64 by more than rounding; None when they do not."""
     wide = [arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args]
-    for number, (got, truth) in enumerate(zip(actual, reference(*wide), strict=True)):
+    pairs = zip(results(function, args), results(reference, tuple(wide)), strict=True)
+    for number, (got, truth) in enumerate(pairs):
         if got.shape != truth.shape:
             return f"output {number} has shape {tuple(got.shape)}, the reference's has {tuple(truth.shape)}"
         if not got.is_floating_point():
             if not torch.equal(got, truth):
                 return f"output {number}, {got.dtype}, differs"
             continue
-        error = float((got.double() - truth).abs().amax())
-        allowed = (1e-4 + 4 * torch.finfo(got.dtype).eps) * max(1.0, float(truth.abs().amax()))
+        differs = got.double() != truth  # infinities that are equal do not, NaN does
+        error = _largest(got.double() - truth, differs)
+        allowed = (1e-4 + 4 * torch.finfo(got.dtype).eps) * max(1.0, _largest(truth, truth.isfinite()))
         if not error <= allowed:
             return f"output {number} differs by {error:.3g}, more than {allowed:.3g}"
     return None
+
+
+def _largest(values: torch.Tensor, where: torch.Tensor) -> float:
+    """The largest magnitude among some of the values, NaN if there is one, 0 if there are none."""
+    chosen = values[where].abs()
+    return float(chosen.amax()) if chosen.numel() else 0.0
 
 
 @functools.cache

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from xray_kernels import _library
 from xray_kernels.attention import reference
 
+_TRITON = "xray_kernels.attention.triton"
+
 
 def _fake_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, *packing: Any
@@ -105,12 +107,14 @@ attention_backward = _library.define(
     " Tensor statistics, Tensor? class_row, float scale, bool is_causal, Tensor? key_lengths, Tensor? cu_seqlens,"
     " SymInt max_seqlen, SymInt num_prefix_tokens) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
+    triton=_TRITON,
     fake=_fake_attention_backward,
 )
 attention = _library.define(
     "attention(Tensor query, Tensor key, Tensor value, float scale, bool is_causal, Tensor? key_lengths,"
     " Tensor? cu_seqlens, SymInt max_seqlen) -> (Tensor, Tensor)",
     reference=reference.attention,
+    triton=_TRITON,
     fake=_fake_attention,
     backward=_backward_attention,
     setup_context=_setup_attention,
@@ -119,6 +123,7 @@ attention_with_scores = _library.define(
     "attention_with_scores(Tensor query, Tensor key, Tensor value, float scale, SymInt num_prefix_tokens,"
     " Tensor? key_lengths, Tensor? cu_seqlens, SymInt max_seqlen) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.attention_with_scores,
+    triton=_TRITON,
     fake=_fake_attention_with_scores,
     backward=_backward_attention_with_scores,
     setup_context=_setup_attention_with_scores,
@@ -127,6 +132,7 @@ class_scores = _library.define(
     "class_scores(Tensor query, Tensor key, float scale, SymInt num_prefix_tokens, Tensor? key_lengths,"
     " Tensor? cu_seqlens, SymInt max_seqlen) -> (Tensor, Tensor)",
     reference=reference.class_scores,
+    triton=_TRITON,
     fake=_fake_class_scores,
 )
 class_scores_backward = _library.define(
@@ -134,6 +140,7 @@ class_scores_backward = _library.define(
     " SymInt num_prefix_tokens, Tensor? cu_seqlens, SymInt max_seqlen, Tensor(a!) grad_query, Tensor(b!) grad_key)"
     " -> ()",
     reference=reference.class_scores_backward,
+    triton=_TRITON,
     fake=_fake_class_scores_backward,
 )
 
