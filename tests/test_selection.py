@@ -244,7 +244,7 @@ def test_import_on_a_cuda_build(asked: str, chosen: str) -> None:
     code = (
         "import sys, torch; torch.version.cuda = '13.0'\n"
         "import xray_kernels; from xray_kernels import _library, info\n"
-        f"assert [_library.implementation(op, 'cuda') for op in ('{OP}', 'attention')] == ['{chosen}', 'reference']\n"
+        f"assert [_library.implementation(op, 'cuda') for op in ('{OP}', 'tag_loss')] == ['{chosen}', 'reference']\n"
         "print(info.report())\n"
         "assert 'triton' not in sys.modules"
     )
