@@ -20,10 +20,10 @@ class Attention(nn.Module):
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, count, width = tokens.shape
-        # (B, N, 3C) -> (3, B, H, N, D): views only, the ops take any strides.
-        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        return query, key, value
+        # (B, N, 3, H, D) -> 3 x (B, H, N, D): views only, the ops take any strides. Taken apart along the 3 as it lies,
+        # so that their gradients, which the ops leave as (B, N, H, D), come back together in one copy and not in two.
+        query, key, value = self.qkv(tokens).view(batch, count, 3, self.heads, width // self.heads).unbind(2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _merge(self, heads: Tensor) -> Tensor:
         return self.proj(heads.transpose(1, 2).flatten(2))  # (B, H, N, D) -> (B, N, C)
