@@ -7,7 +7,6 @@ barriers and shuffles run as written (`cuda_emulation/`), by the same cases and 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from guards import before_a_guard
 from torch import Tensor
 from torch.utils import cpp_extension
 
@@ -174,19 +174,6 @@ def test_strides_and_alignment(spec: OpSpec, kind: str, gpu: SetGpu) -> None:
     given = {name: view(value) for name, value in inputs.items()}
     same = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
     check(spec, same, kind, given)
-
-
-def before_a_guard(value: Any) -> Any:
-    """The same tensor at the end of a page, before one that must not be touched: a read past it ends the process."""
-    if not isinstance(value, Tensor):
-        return value
-    size, page = value.numel() * value.element_size(), mmap.PAGESIZE
-    whole = -(-size // page) * page
-    area = mmap.mmap(-1, whole + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area)) + whole
-    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address), page, 0) == 0
-    data = torch.frombuffer(area, dtype=torch.uint8, offset=whole - size, count=size)
-    return data.view(value.dtype).view(value.shape).copy_(value)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
