@@ -39,7 +39,7 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "cpu_capability",
       [] {
-        const char* names[] = {"baseline", "avx2", "avx512"};
+        const char* names[] = {"baseline", "avx2", "avx512", "amx"};
         return std::string(names[xray::available_capability()]);
       },
       "The best instruction set of this processor that kernels are compiled for.");

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils import cpp_extension
 
 import xray_kernels  # noqa: F401  # defines the ops whose schemas are taken
@@ -59,16 +56,3 @@ def load(family: str, ops: list[str], folder: Path) -> tuple[torch.library.Libra
     kernels = ctypes.CDLL(str(file))
     kernels.library = library  # type: ignore[attr-defined]  # the definitions live as long as the kernels
     return library, kernels
-
-
-def before_a_guard(value: Any) -> Any:
-    """The same tensor at the end of a page, before one that must not be touched: a read past it ends the process."""
-    if not isinstance(value, Tensor):
-        return value
-    size, page = value.numel() * value.element_size(), mmap.PAGESIZE
-    whole = -(-size // page) * page
-    area = mmap.mmap(-1, whole + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area)) + whole
-    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address), page, 0) == 0
-    data = torch.frombuffer(area, dtype=torch.uint8, offset=whole - size, count=size)
-    return data.view(value.dtype).view(value.shape).copy_(value)

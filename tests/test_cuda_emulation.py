@@ -13,7 +13,8 @@ from typing import Any
 import cuda_emulated
 import pytest
 import torch
-from cuda_emulated import DTYPES, NAMESPACE, SetGpu, before_a_guard
+from cuda_emulated import DTYPES, NAMESPACE, SetGpu
+from guards import before_a_guard
 from torch import Tensor
 
 from xray_kernels import token_reorganize as public

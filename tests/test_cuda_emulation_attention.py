@@ -12,7 +12,8 @@ from typing import Any
 import cuda_emulated
 import pytest
 import torch
-from cuda_emulated import DTYPES, SetGpu, before_a_guard
+from cuda_emulated import DTYPES, SetGpu
+from guards import before_a_guard
 from torch import Tensor
 
 from xray_kernels.attention import attention_with_scores, ops, reference

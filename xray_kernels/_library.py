@@ -332,8 +332,9 @@ def implementation(name: str, device: str, dtype: torch.dtype = torch.float32) -
     return select(choice(), measured, available_on_cuda(name))
 
 
-CAPABILITIES = ("baseline", "avx2", "avx512")
-"""Instruction sets for which CPU kernels are compiled, from the least to the most; the index is their level."""
+CAPABILITIES = ("baseline", "avx2", "avx512", "amx")
+"""Instruction sets for which CPU kernels are compiled, from the least to the most; the index is their level. Kernels
+without a form for AMX run as on AVX-512."""
 
 
 def cpu_capabilities() -> list[str]:

@@ -1,9 +1,12 @@
 // CPU kernels of attention, with the class token's scores: threads take (batch, head) pairs, and slices of the queries
 // where there are fewer pairs than threads. Every number is summed by one thread, or in a fixed order.
 
+#include <type_traits>
+
 #include "attention/cpu_head.h"
 
 #define XRAY_KERNEL_FILE "attention/cpu_kernel.h"
+#define XRAY_AMX_KERNEL_FILE "attention/cpu_amx_kernel.h"
 #include "common/variants.h"
 
 #include "attention/cpu_common.h"
@@ -30,6 +33,77 @@ HeadIn<T> head_in(
       scale};
 }
 
+// ---- the variant for the instruction set in use: bfloat16 has one for AMX ----
+
+#if defined(__x86_64__)
+template <class T>
+bool uses_tiles() {
+  return std::is_same_v<T, BFloat16> && capability() == 3;
+}
+#endif
+
+// What a thread needs to itself: scratch, and the configuration of its tiles.
+template <class T>
+class Worker {
+ public:
+  explicit Worker(int64_t count) : scratch_(count) {
+#if defined(__x86_64__)
+    if (uses_tiles<T>()) amx::configure_tiles();
+#endif
+  }
+  Worker(const Worker&) = delete;
+  ~Worker() {
+#if defined(__x86_64__)
+    if (uses_tiles<T>()) amx::release_tiles();
+#endif
+  }
+  WideScalar<T>* scratch() const {
+    return scratch_.data();
+  }
+
+ private:
+  Scratch<WideScalar<T>> scratch_;
+};
+
+template <class T>
+std::shared_ptr<Worker<T>> forward_worker(int64_t keys, int64_t head_dim) {
+#if defined(__x86_64__)
+  if (uses_tiles<T>()) return std::make_shared<Worker<T>>(amx::forward_scratch(keys, head_dim));
+#endif
+  return std::make_shared<Worker<T>>(XRAY_CALL_VARIANT(forward_scratch<WideScalar<T>>, keys, head_dim));
+}
+
+template <class T>
+std::shared_ptr<Worker<T>> backward_worker(int64_t queries, int64_t head_dim) {
+#if defined(__x86_64__)
+  if (uses_tiles<T>()) return std::make_shared<Worker<T>>(amx::backward_scratch(queries, head_dim));
+#endif
+  return std::make_shared<Worker<T>>(XRAY_CALL_VARIANT(backward_scratch<WideScalar<T>>, queries, head_dim));
+}
+
+template <class T>
+void run_head(
+    const HeadIn<T>& in, const HeadOut<T, WideScalar<T>>& out, int64_t begin, int64_t end, const Worker<T>& worker) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (uses_tiles<T>()) return amx::attention_head(in, out, begin, end, worker.scratch());
+#endif
+  XRAY_CALL_VARIANT(attention_head<T>, in, out, begin, end, worker.scratch());
+}
+
+template <class T>
+void run_head_backward(
+    const HeadIn<T>& in, const HeadGradIn<T, WideScalar<T>>& grads, const HeadGradOut<T, WideScalar<T>>& to,
+    int64_t begin, int64_t end, const Worker<T>& worker) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (uses_tiles<T>()) return amx::attention_head_backward(in, grads, to, begin, end, worker.scratch());
+#endif
+  XRAY_CALL_VARIANT(attention_head_backward<T>, in, grads, to, begin, end, worker.scratch());
+}
+
+// ---- the ops ----
+
 // out, statistics and, where `class_row` is not empty, each class token's probabilities.
 void forward(
     const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool is_causal, const HeadTasks& tasks,
@@ -44,8 +118,7 @@ void forward(
     S* row = class_row ? static_cast<S*>(class_row->mutable_data_ptr()) : nullptr;
     const int64_t plane = query.size(0) * heads * queries;
     for_each_task(tasks.count(), [&] {
-      return [&, scratch = std::make_shared<Scratch<S>>(XRAY_CALL_VARIANT(forward_scratch<S>, keys, head_dim))](
-                 int64_t number) {
+      return [&, worker = forward_worker<T>(keys, head_dim)](int64_t number) {
         const HeadTask task = tasks[number];
         if (task.begin == task.end) return;
         const Sequence& s = task.sequence;
@@ -55,7 +128,7 @@ void forward(
         const HeadOut<T, S> to{
             o.at(s, task.head), o.row, top + head * queries + s.first, top + plane + head * queries + s.first, own};
         const HeadIn<T> in = head_in(q, k, v, task, head_dim, is_causal, scale);
-        XRAY_CALL_VARIANT(attention_head<T>, in, to, task.begin, task.end, scratch->data());
+        run_head<T>(in, to, task.begin, task.end, *worker);
       };
     });
   });
@@ -129,8 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const S* row = grad_class.empty() ? nullptr : static_cast<const S*>(class_row->const_data_ptr());
     const int64_t plane = batch * heads * queries;
     for_each_task(tasks.count(), [&] {
-      return [&, scratch = std::make_shared<Scratch<S>>(
-                     XRAY_CALL_VARIANT(backward_scratch<S>, tasks.longest(), head_dim))](int64_t number) {
+      return [&, worker = backward_worker<T>(tasks.longest(), head_dim)](int64_t number) {
         const HeadTask task = tasks[number];
         const Sequence& s = task.sequence;
         const int64_t head = s.batch * heads + task.head;
@@ -159,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
             own,
             own ? own + part_size : nullptr};
         const HeadIn<T> head_inputs = head_in(q, k, v, task, head_dim, is_causal, scale);
-        XRAY_CALL_VARIANT(attention_head_backward<T>, head_inputs, in, to, task.begin, task.end, scratch->data());
+        run_head_backward<T>(head_inputs, in, to, task.begin, task.end, *worker);
       };
     });
     if (!part) return;
