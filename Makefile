@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/xray demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark
