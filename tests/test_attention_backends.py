@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from xray import ops
 from xray_kernels import _library, testing
 from xray_kernels.attention import backends, reference
 from xray_kernels.attention import ops as kernels
+from xray_kernels.attention.samples import samples
 from xray_kernels.attention.spec import SPECS
 
 PLAIN, SCORES = SPECS[:2]
@@ -222,3 +224,23 @@ def test_auto_follows_the_kernels_and_the_measurements(monkeypatch: pytest.Monke
     assert backends._fastest("attention", "cuda", 0, torch.bfloat16) == "xray", "measured, but not installed here"
     monkeypatch.setitem(_library._DECIDED, ("attention", torch.float32, 0), ("reference", lambda: None))
     assert backends._fastest("attention", "cuda", 0, torch.float32) == "sdpa", "the kernel failed its check here"
+
+
+@pytest.mark.skipif("_cpu" not in _library.LOADED, reason="_cpu is not built")
+@pytest.mark.parametrize("is_right", [True, False])
+def test_tiles_are_compared_before_they_are_used(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with AMX: whatever stands for it here is right, or is off by a hundredth."""
+    monkeypatch.setattr(_library, "cpu_capabilities", lambda: list(_library.CAPABILITIES))
+    levels: list[int] = []
+    monkeypatch.setattr(torch.ops.xray_kernels, "cpu_capability_set", levels.append)
+    if is_right:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _library.check_tiles(samples, "attention_with_scores", "attention_backward")
+        assert levels == []
+        return
+    wrong = lambda *args: tuple(x * 1.05 for x in reference.attention_backward(*args))  # noqa: E731
+    monkeypatch.setitem(_library.REFERENCES, "attention_backward", wrong)
+    with pytest.warns(RuntimeWarning, match="the AMX kernel of attention_backward disagrees .* so AVX-512 is used"):
+        _library.check_tiles(samples, "attention_with_scores", "attention_backward")
+    assert levels == [2]

@@ -10,6 +10,7 @@ from xray_kernels.attention import (
     attention_varlen_with_scores,
     attention_with_scores,
 )
+from xray_kernels.attention.samples import samples as _attention_samples
 from xray_kernels.contrastive_loss import clip_loss, siglip_loss
 from xray_kernels.contrastive_loss.modules import ClipLoss, SigLipLoss
 from xray_kernels.tag_loss import tag_loss
@@ -34,3 +35,4 @@ __all__ = [
 ]
 
 _library.load_compiled()
+_library.check_tiles(_attention_samples, "attention_with_scores", "attention_backward")

@@ -344,6 +344,28 @@ def cpu_capabilities() -> list[str]:
     return list(CAPABILITIES[: torch.ops.xray_kernels.cpu_capability_available() + 1])
 
 
+def check_tiles(samples: Callable[[str, torch.dtype, torch.device], Iterator[tuple[Any, ...]]], *ops: str) -> None:
+    """Compare ops in bfloat16 with the reference on processors with AMX, whose kernels are proved by an emulation only.
+
+    Where they disagree, the level below is used, and a warning says so. About 20 ms, there only.
+    """
+    if "amx" not in cpu_capabilities():
+        return
+    for name in ops:
+        function = getattr(getattr(torch.ops, NAMESPACE), name).default
+        args = next(samples(name, torch.bfloat16, torch.device("cpu")))
+        disagreement = compare(function, args, REFERENCES[name])
+        if disagreement is not None:
+            torch.ops.xray_kernels.cpu_capability_set(CAPABILITIES.index("avx512"))
+            warnings.warn(
+                f"the AMX kernel of {name} disagrees with the PyTorch reference on this processor, so AVX-512 is used"
+                f" instead: {disagreement}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+
+
 @contextlib.contextmanager
 def cpu_capability(name: str) -> Iterator[None]:
     """Limit compiled CPU kernels to one instruction set inside the block; for tests and benches, not thread-safe."""
