@@ -1,4 +1,4 @@
-"""Small arguments of the attention ops: an implementation is compared with the reference on them before its first use."""
+"""Small arguments of the attention ops, on which an implementation is compared with the reference before first use."""
 
 from __future__ import annotations
 
