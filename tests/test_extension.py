@@ -101,51 +101,7 @@ def test_instruction_sets_stay_in_their_variants(cpu_library: Path) -> None:
 TILES = r"tdpbf16ps|tile(?:loadd|stored|zero|release)|ldtilecfg"
 
 
-def test_instruction_sets_stay_in_their_variants(cpu_library: Path) -> None:
-    """The library starts on any processor: only functions of namespace avx512 and amx have registers of 64 bytes, only
-    those of amx have tiles and bfloat16 arithmetic. And those are there."""
-    if platform.machine() != "x86_64" or shutil.which("objdump") is None:
-        pytest.skip("needs objdump and x86-64")
-    listing = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", str(cpu_library)], capture_output=True, text=True, check=True
-    ).stdout
-    found: dict[str, set[str]] = {"zmm": set(), "bf16": set(), "tiles": set()}
-    tiles = set()
-    for function, body in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", listing, re.MULTILINE):
-        for kind, pattern in (("zmm", "%zmm"), ("bf16", r"\tv\w*bf16"), ("tiles", rf"\t(?:{TILES})\b")):
-            if re.search(pattern, body):
-                found[kind].add(function)
-        tiles |= set(re.findall(rf"\t({TILES})\b", body))
-    assert tiles == {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "tilerelease", "ldtilecfg"}
-    assert found["bf16"]
-    for kind, namespaces in (("zmm", r"\b(?:avx512|amx)::"), ("bf16", r"^amx::"), ("tiles", r"^amx::")):
-        strangers = [name for name in found[kind] if not re.search(namespaces, name)]
-        assert not strangers, f"{kind}: {strangers[:3]}"
-
-
 TILES = r"tdpbf16ps|tile(?:loadd|stored|zero|release)|ldtilecfg"
-
-
-def test_instruction_sets_stay_in_their_variants(cpu_library: Path) -> None:
-    """The library starts on any processor: only functions of namespace avx512 and amx have registers of 64 bytes, only
-    those of amx have tiles and bfloat16 arithmetic. And those are there."""
-    if platform.machine() != "x86_64" or shutil.which("objdump") is None:
-        pytest.skip("needs objdump and x86-64")
-    listing = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", str(cpu_library)], capture_output=True, text=True, check=True
-    ).stdout
-    found: dict[str, set[str]] = {"zmm": set(), "bf16": set(), "tiles": set()}
-    tiles = set()
-    for function, body in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", listing, re.MULTILINE):
-        for kind, pattern in (("zmm", "%zmm"), ("bf16", r"\tv\w*bf16"), ("tiles", rf"\t(?:{TILES})\b")):
-            if re.search(pattern, body):
-                found[kind].add(function)
-        tiles |= set(re.findall(rf"\t({TILES})\b", body))
-    assert tiles == {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "tilerelease", "ldtilecfg"}
-    assert found["bf16"]
-    for kind, namespaces in (("zmm", r"\b(?:avx512|amx)::"), ("bf16", r"^amx::"), ("tiles", r"^amx::")):
-        strangers = [name for name in found[kind] if not re.search(namespaces, name)]
-        assert not strangers, f"{kind}: {strangers[:3]}"
 
 
 def test_cuda_library_uses_only_the_stable_abi(cuda_build: tuple[Path, str]) -> None:
