@@ -53,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; None takes the process's own.
     """
-    # OpenMP reads this when torch is loaded, which no command has done yet. Threads that wait for the next loop spin for
-    # long, which starves other processes; asleep at once, they cost a third of the speed to wake. The demo's training on
-    # 2 cores, images/s: asleep 117, this many turns 159, spinning 149; beside two busy processes asleep 71, this 66.
+    # OpenMP reads this when torch is loaded, which no command has done yet. Threads that wait for the next loop spin
+    # for long, which starves other processes; asleep at once, they cost a third of the speed to wake. The demo's
+    # training on 2 cores, images/s: asleep 117, this many turns 159, spinning 149; beside two busy processes asleep 71,
+    # this 66.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     words = list(sys.argv[1:] if arguments is None else arguments)
