@@ -7,10 +7,7 @@ counts), above the matrix units are.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -54,20 +51,11 @@ def separate_scores(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return F.scaled_dot_product_attention(query, key, value), row[:, :, 0, 1:].mean(1)
 
 
-def limited_to(kind: SDPBackend) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        with sdpa_kernel(kind):
-            yield
-
-    return context
-
-
 SDPA = Peer("torch SDPA, no scores", without_scores, composition=compose)
 SEPARATE = Peer("torch SDPA + separate scores", separate_scores)
 MINE_WITHOUT = Peer(NO_SCORES, attention, composition=compose)
 CUDNN, FLASH = (
-    Peer(f"{name} SDPA, no scores", without_scores, composition=compose, context=limited_to(kind))
+    Peer(f"{name} SDPA, no scores", without_scores, composition=compose, context=functools.partial(sdpa_kernel, kind))
     for name, kind in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
 )
 OVER = [

@@ -243,8 +243,7 @@ def run_turns(turns: list[tuple[Any, Callable[[], None]]]) -> None:
 def outcome(function: Callable[..., Any], inputs: Inputs, backward: bool) -> dict[str, Tensor]:
     """Outputs of `function` by name, with `backward` also the gradients of its floating inputs."""
     if backward:
-        outputs, grads = testing.run(function, inputs)
-        return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
+        return testing.results(function, inputs)
     with torch.no_grad():
         result = function(**inputs)
     return {f"out{i}": out for i, out in enumerate(result if isinstance(result, tuple) else (result,))}

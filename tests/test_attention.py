@@ -320,7 +320,8 @@ def step(direction, *shape):
     return (status("VmHWM") - before) / sum(x.numel() * x.element_size() for x in operands)
 
 step("both", 1, 2, 300, 64)  # threads and libraries are there
-print(step("forward", 2, 12, 1569, 64), step("both", 2, 12, 1569, 64))
+for direction in ("forward", "both"):  # what the process takes for other reasons meanwhile is not the call's
+    print(min(step(direction, 2, 12, 1569, 64) for repeat in range(3)))
 """
 
 
@@ -333,6 +334,6 @@ def test_peak_memory(dtype: str) -> None:
     if "cpu" not in _library.implementation("attention", "cpu"):
         pytest.skip("the reference materialises the matrix")
     done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, dtype], capture_output=True, text=True, check=True)
-    forward, both = map(float, done.stdout.split())
+    forward, both = map(float, done.stdout.splitlines())
     assert 1 / 4 * 0.9 < forward < 1 / 4 + 0.1
     assert 4 / 8 * 0.9 < both < 4 / 8 + 0.05

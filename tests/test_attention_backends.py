@@ -20,13 +20,8 @@ from xray_kernels.attention.samples import samples
 from xray_kernels.attention.spec import SPECS
 
 PLAIN, SCORES = SPECS[:2]
-SHORT_TYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+SHORT_TYPES = [torch.float32, torch.float16, torch.bfloat16]
 IMPLEMENTATIONS = testing.implementations("cpu")
-
-
-def results(function: Any, inputs: testing.Inputs) -> dict[str, Tensor]:
-    outputs, grads = testing.run(function, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
 
 
 @pytest.mark.parametrize("dtype", SHORT_TYPES, ids=str)
@@ -34,20 +29,20 @@ def results(function: Any, inputs: testing.Inputs) -> dict[str, Tensor]:
 def test_scores_over_sdpa_within_rule(case: testing.Case, dtype: torch.dtype) -> None:
     """Output, scores and all gradients, by every implementation of the class-row kernels."""
     inputs = case.make(dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
-    oracle = results(SCORES.composition, testing.convert(inputs, torch.float64))
-    yardstick = results(SCORES.composition, inputs)
+    oracle = testing.results(SCORES.composition, testing.convert(inputs, torch.float64))
+    yardstick = testing.results(SCORES.composition, inputs)
     for name in IMPLEMENTATIONS:
         with testing.use_implementation(name):
-            actual = results(SCORES.function, {**inputs, "backend": "sdpa"})
+            actual = testing.results(SCORES.function, {**inputs, "backend": "sdpa"})
         testing.assert_within_rule(actual, yardstick, oracle, what=f"sdpa [{name}] {case.name} {dtype}")
 
 
 @pytest.mark.parametrize("case", list(PLAIN.cases), ids=lambda case: case.name)
 def test_sdpa_means_the_same(case: testing.Case) -> None:
     inputs = case.make(torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
-    oracle = results(PLAIN.composition, testing.convert(inputs, torch.float64))
-    actual = results(PLAIN.function, {**inputs, "backend": "sdpa"})
-    testing.assert_within_rule(actual, results(PLAIN.composition, inputs), oracle, what=f"sdpa {case.name}")
+    oracle = testing.results(PLAIN.composition, testing.convert(inputs, torch.float64))
+    actual = testing.results(PLAIN.function, {**inputs, "backend": "sdpa"})
+    testing.assert_within_rule(actual, testing.results(PLAIN.composition, inputs), oracle, what=f"sdpa {case.name}")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

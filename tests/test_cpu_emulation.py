@@ -30,7 +30,7 @@ from torch.utils import cpp_extension
 from xray_kernels import _library, attention_varlen, attention_varlen_with_scores, attention_with_scores
 from xray_kernels import attention as plain_attention
 from xray_kernels.attention.spec import SPECS as ATTENTION
-from xray_kernels.testing import Case, Inputs, OpSpec, assert_within_rule, convert, randn, run
+from xray_kernels.testing import Case, Inputs, OpSpec, assert_within_rule, convert, randn, results
 from xray_kernels.token_reorganize.spec import SPECS as REORGANIZE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,11 +119,6 @@ def on_hardware() -> Iterator[SetLevel]:
             stack.enter_context(_library.cpu_capability(_library.CAPABILITIES[level]))
 
         yield set_level
-
-
-def results(function: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
-    outputs, grads = run(function, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
 
 
 def check(spec: OpSpec, inputs: Inputs, what: str, given: Inputs | None = None) -> dict[str, Tensor]:

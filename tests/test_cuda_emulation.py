@@ -7,7 +7,7 @@ barriers and shuffles run as written (`cuda_emulation/`), by the same cases and 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import cuda_emulated
@@ -18,7 +18,7 @@ from guards import before_a_guard
 from torch import Tensor
 
 from xray_kernels import token_reorganize as public
-from xray_kernels.testing import Case, Inputs, OpSpec, assert_within_rule, convert, randn, run
+from xray_kernels.testing import Case, Inputs, OpSpec, assert_within_rule, convert, randn, results
 from xray_kernels.token_reorganize import reference
 from xray_kernels.token_reorganize.spec import SPECS
 
@@ -55,11 +55,6 @@ def gpu(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetG
         yield emulated.set_emulated_gpu
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def results(function: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
-    outputs, grads = run(function, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
 
 
 def check(spec: OpSpec, inputs: Inputs, what: str, given: Inputs | None = None) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xray_kernels.attention import attention_with_scores, ops, reference
 from xray_kernels.attention.spec import SPECS
-from xray_kernels.testing import Case, assert_within_rule, convert, randn, run
+from xray_kernels.testing import Case, assert_within_rule, convert, randn, results
 
 SPEC = next(spec for spec in SPECS if spec.name == "attention_with_scores")
 CASES = [pytest.param(case, id=case.name) for case in SPEC.cases]
@@ -358,10 +358,6 @@ def test_gradients_are_rounded_once(length: int, dtype: torch.dtype, gpu: SetGpu
 def test_scores_beside_another_attention(case: Case, dtype: torch.dtype, gpu: SetGpu) -> None:
     """The public function over PyTorch's attention, whose gradients the kernel adds to."""
     inputs = case.make(dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
-
-    def results(function: Any, given: Any) -> dict[str, Tensor]:
-        outputs, grads = run(function, given)
-        return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
 
     actual = results(functools.partial(attention_with_scores, backend="sdpa"), inputs)
     oracle = results(SPEC.composition, convert(inputs, torch.float64))

@@ -47,17 +47,12 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
     return case.make(dtype, torch.device("cuda"), torch.Generator().manual_seed(0))
 
 
-def outcome(function: Any, inputs: Inputs) -> dict[str, Tensor]:
-    outputs, grads = testing.run(function, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
-
-
 def check(spec: OpSpec, inputs: Inputs, given: Inputs, what: str) -> None:
-    oracle = outcome(spec.composition, testing.convert(inputs, torch.float64))
-    yardstick = outcome(spec.composition, inputs)
+    oracle = testing.results(spec.composition, testing.convert(inputs, torch.float64))
+    yardstick = testing.results(spec.composition, inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what a kernel forgot to write with NaN
     try:
-        actual = outcome(spec.function, given)
+        actual = testing.results(spec.function, given)
     finally:
         torch.use_deterministic_algorithms(False)
     testing.assert_within_rule(actual, yardstick, oracle, what=f"{spec.name} {what} on CUDA")
@@ -85,7 +80,7 @@ def test_strides_do_not_matter(spec: OpSpec, case: Case, implementation: str) ->
 @pytest.mark.parametrize(("spec", "case"), FIRST_CASES)
 def test_two_runs_are_bit_equal(spec: OpSpec, case: Case, implementation: str) -> None:
     inputs = make(case)
-    first, second = outcome(spec.function, inputs), outcome(spec.function, inputs)
+    first, second = testing.results(spec.function, inputs), testing.results(spec.function, inputs)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -221,6 +216,9 @@ def test_what_runs_by_default(spec: OpSpec, case: Case) -> None:
     check(spec, inputs, inputs, "by default")
     torch.compiler.reset()
     compiled = torch.compile(lambda kwargs: spec.function(**kwargs), fullgraph=True, backend="aot_eager")
-    expected, actual = outcome(spec.function, inputs), outcome(lambda **kwargs: compiled(kwargs), inputs)
+    expected, actual = (
+        testing.results(spec.function, inputs),
+        testing.results(lambda **kwargs: compiled(kwargs), inputs),
+    )
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-4)

@@ -59,27 +59,17 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def results(spec: OpSpec, inputs: Inputs) -> dict[str, Tensor]:
-    outputs, grads = testing.run(spec.function, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
-
-
-def composed(spec: OpSpec, inputs: Inputs) -> dict[str, Tensor]:
-    outputs, grads = testing.run(spec.composition, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("spec", "case"), OP_CASES)
 def test_outputs_and_gradients_within_rule(spec: OpSpec, case: Case, dtype: torch.dtype, poisoned: None) -> None:
     if dtype not in spec.dtypes:
         pytest.skip(f"{spec.name} does not take {dtype}")
     inputs = make(case, dtype)
-    oracle = composed(spec, testing.convert(inputs, torch.float64))
-    yardstick = composed(spec, inputs)
+    oracle = testing.results(spec.composition, testing.convert(inputs, torch.float64))
+    yardstick = testing.results(spec.composition, inputs)
     for name in testing.implementations("cpu"):
         with testing.use_implementation(name):
-            actual = results(spec, inputs)
+            actual = testing.results(spec.function, inputs)
         testing.assert_within_rule(actual, yardstick, oracle, what=f"{spec.name} [{name}] {case.name} {dtype}")
 
 
@@ -87,14 +77,17 @@ def test_outputs_and_gradients_within_rule(spec: OpSpec, case: Case, dtype: torc
 def test_strides_do_not_matter(spec: OpSpec, case: Case) -> None:
     """The rule holds as well for transposed storage with gaps between rows."""
     inputs = make(case, torch.float32)
-    oracle, yardstick = composed(spec, testing.convert(inputs, torch.float64)), composed(spec, inputs)
+    oracle, yardstick = (
+        testing.results(spec.composition, testing.convert(inputs, torch.float64)),
+        testing.results(spec.composition, inputs),
+    )
     strided = {
         name: spread(value) if isinstance(value, Tensor) and value.dim() >= 2 else value
         for name, value in inputs.items()
     }
     for name in testing.implementations("cpu"):
         with testing.use_implementation(name):
-            actual = results(spec, strided)
+            actual = testing.results(spec.function, strided)
         testing.assert_within_rule(actual, yardstick, oracle, what=f"{spec.name} [{name}] {case.name} strided")
 
 
@@ -110,7 +103,7 @@ def test_two_runs_are_bit_equal(spec: OpSpec, case: Case) -> None:
     inputs = make(case, torch.float32)
     for name in testing.implementations("cpu"):
         with testing.use_implementation(name):
-            first, second = results(spec, inputs), results(spec, inputs)
+            first, second = testing.results(spec.function, inputs), testing.results(spec.function, inputs)
         assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
@@ -118,7 +111,7 @@ def test_two_runs_are_bit_equal(spec: OpSpec, case: Case) -> None:
 def test_opcheck(spec: OpSpec, case: Case) -> None:
     """Schema, autograd registration, fake tensors and traced gradients of every op that the function calls."""
     with Recorder() as recorder:
-        results(spec, make(case, torch.float32))
+        testing.results(spec.function, make(case, torch.float32))
     assert recorder.calls, f"{spec.name} calls no op of this package"
     for op, args in recorder.calls:
         is_backward = op._schema.name.endswith("_backward")

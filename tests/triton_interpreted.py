@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from xray_kernels import _library, testing
 from xray_kernels.testing import Case, Inputs, OpSpec
@@ -47,16 +46,10 @@ def small(spec: OpSpec) -> Case:
     return next(case for case in spec.cases if case.name == "no prefix")
 
 
-def outcome(function: object, inputs: Inputs) -> dict[str, Tensor]:
-    assert callable(function)
-    outputs, grads = testing.run(function, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
-
-
 def check(spec: OpSpec, inputs: Inputs, given: Inputs | None = None) -> None:
-    oracle = outcome(spec.composition, testing.convert(inputs, torch.float64))
-    actual = outcome(spec.function, inputs if given is None else given)
-    testing.assert_within_rule(actual, outcome(spec.composition, inputs), oracle, what=spec.name)
+    oracle = testing.results(spec.composition, testing.convert(inputs, torch.float64))
+    actual = testing.results(spec.function, inputs if given is None else given)
+    testing.assert_within_rule(actual, testing.results(spec.composition, inputs), oracle, what=spec.name)
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), OP_CASES)
@@ -115,7 +108,7 @@ def test_offsets_beyond_32_bits() -> None:
     tokens.copy_(torch.randn(1, 18, 8, generator=torch.Generator().manual_seed(0)))
     scores = torch.linspace(0.5, 1, 17)[None].contiguous()
     inputs = {"tokens": tokens, "scores": scores, "num_keep": 9}
-    wanted = outcome(compose, {**inputs, "tokens": tokens.contiguous()})
+    wanted = testing.results(compose, {**inputs, "tokens": tokens.contiguous()})
     out, indices = triton.reorganize_tokens(tokens, scores, 9, 1, True)
     assert torch.equal(indices, wanted["out1"])
     assert torch.equal(out[:, :-1], wanted["out0"][:, :-1])
@@ -141,7 +134,7 @@ def test_gradients_asked_for_one_output_only() -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_two_runs_are_bit_equal(spec: OpSpec) -> None:
     inputs = small(spec).make(torch.float32, CPU, torch.Generator().manual_seed(0))
-    first, second = outcome(spec.function, inputs), outcome(spec.function, inputs)
+    first, second = testing.results(spec.function, inputs), testing.results(spec.function, inputs)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 

@@ -41,15 +41,10 @@ def kernels() -> Iterator[None]:
     library._destroy()
 
 
-def outcome(function: Any, inputs: Inputs) -> dict[str, Tensor]:
-    outputs, grads = testing.run(function, inputs)
-    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
-
-
 def check(spec: OpSpec, inputs: Inputs, given: Inputs | None = None) -> None:
-    oracle = outcome(spec.composition, testing.convert(inputs, torch.float64))
-    actual = outcome(spec.function, {**(inputs if given is None else given), **BACKEND.get(spec.name, {})})
-    testing.assert_within_rule(actual, outcome(spec.composition, inputs), oracle, what=spec.name)
+    oracle = testing.results(spec.composition, testing.convert(inputs, torch.float64))
+    actual = testing.results(spec.function, {**(inputs if given is None else given), **BACKEND.get(spec.name, {})})
+    testing.assert_within_rule(actual, testing.results(spec.composition, inputs), oracle, what=spec.name)
 
 
 BACKEND = {name: {"backend": "xray"} for name in ("attention", "attention_with_scores")}
@@ -119,7 +114,7 @@ def test_statistics_and_rows_without_keys() -> None:
 def test_two_runs_are_bit_equal(name: str, dtype: torch.dtype) -> None:
     spec, case = BY_NAME[name]
     inputs = {**case.make(dtype, CPU, torch.Generator().manual_seed(0)), **BACKEND.get(spec.name, {})}
-    first, second = outcome(spec.function, inputs), outcome(spec.function, inputs)
+    first, second = testing.results(spec.function, inputs), testing.results(spec.function, inputs)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 

@@ -67,17 +67,13 @@ def define(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    if "!" in schema:  # an op that writes to its arguments has no gradient of its own
-        REFERENCES[name] = _without_autocast(reference)
-        if triton is not None:
-            TRITON[name] = triton
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is None:
 
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(f"{qualified} has no gradient: double backward is not supported by this op")
 
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    if "!" not in schema:  # an op that writes to its arguments has no gradient of its own
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     REFERENCES[name] = _without_autocast(reference)
     if triton is not None:
         TRITON[name] = triton

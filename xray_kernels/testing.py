@@ -101,6 +101,12 @@ def run(function: Callable[..., Any], inputs: Inputs, *, seed: int = 0) -> tuple
     return {f"out{i}": output.detach() for i, output in enumerate(outputs)}, grads
 
 
+def results(function: Callable[..., Any], inputs: Inputs, *, seed: int = 0) -> dict[str, Tensor]:
+    """What `run` returns in one dictionary, the gradient of input x as "grad_x"."""
+    outputs, grads = run(function, inputs, seed=seed)
+    return {**outputs, **{f"grad_{name}": grad for name, grad in grads.items()}}
+
+
 def assert_within_rule(
     actual: dict[str, Tensor], yardstick: dict[str, Tensor], oracle: dict[str, Tensor], *, what: str
 ) -> None:

@@ -217,14 +217,7 @@ static void attention_head(
     const xray::HeadIn<BFloat16>& in, const xray::HeadOut<BFloat16, float>& out, int64_t begin, int64_t end,
     float* scratch) {
   const int64_t head_dim = in.head_dim, most = avx512::keys_seen(in, end);
-  if (most == 0) {
-    for (int64_t i = begin; i < end; ++i) {
-      memset(out.out + i * out.out_row, 0, head_dim * sizeof(BFloat16));
-      out.top[i] = 0;
-      out.log_sum[i] = __builtin_inff();
-    }
-    return;
-  }
+  if (most == 0) return avx512::store_empty(out, begin, end, head_dim);
   constexpr int64_t logit_tiles = 2 * kForwardSteps;
   const int64_t steps = steps_of(head_dim), channels = kStep * steps, key_steps = steps_of(most);
   const int64_t blocks = (key_steps + kForwardSteps - 1) / kForwardSteps,
@@ -491,23 +484,9 @@ static void attention_head_backward(
       Tile *key_sums = grad_key + c / kSide * stripe, *value_sums = grad_value + c / kSide * stripe;
       for (int64_t j = 0; j < keys; ++j) {
         const Float dk = load(row_of<float>(key_sums, j)) * scale, dv = load(row_of<float>(value_sums, j));
-        if (to.key_part) {
-          store_first(to.key_part + (from + j) * head_dim + c, dk, n);
-          store_first(to.value_part + (from + j) * head_dim + c, dv, n);
-        } else {
-          store_first(to.key + (from + j) * to.key_row + c, dk, n);
-          store_first(to.value + (from + j) * to.value_row + c, dv, n);
-        }
+        avx512::store_key_gradient(to, from + j, head_dim, c, n, dk, dv);
       }
     }
   }
-  for (int64_t j = in.keys; j < to.all_keys; ++j) {
-    if (to.key_part) {
-      memset(to.key_part + j * head_dim, 0, head_dim * sizeof(float));
-      memset(to.value_part + j * head_dim, 0, head_dim * sizeof(float));
-    } else {
-      memset(to.key + j * to.key_row, 0, head_dim * sizeof(BFloat16));
-      memset(to.value + j * to.value_row, 0, head_dim * sizeof(BFloat16));
-    }
-  }
+  avx512::clear_unseen(to, in.keys, head_dim);
 }

@@ -174,6 +174,16 @@ static int64_t forward_scratch(int64_t keys, int64_t head_dim) {
   return 2 * whole_vectors<S>(keys) * channels + 3 * channels * width + (kForwardKeys + 4) * width;
 }
 
+// Queries [begin, end) that see no key.
+template <class T, class S>
+static void store_empty(const xray::HeadOut<T, S>& out, int64_t begin, int64_t end, int64_t head_dim) {
+  for (int64_t i = begin; i < end; ++i) {
+    memset(out.out + i * out.out_row, 0, head_dim * sizeof(T));
+    out.top[i] = 0;
+    out.log_sum[i] = __builtin_inf();
+  }
+}
+
 // Queries [begin, end), `begin` a multiple of the panel's width.
 template <class T>
 static void attention_head(
@@ -183,14 +193,7 @@ static void attention_head(
   using V = typename Wide<T>::Vector;
   constexpr int64_t L = lanes<S>;
   const int64_t head_dim = in.head_dim, channels = whole_vectors<S>(head_dim), most = keys_seen(in, end);
-  if (most == 0) {
-    for (int64_t i = begin; i < end; ++i) {
-      memset(out.out + i * out.out_row, 0, head_dim * sizeof(T));
-      out.top[i] = 0;
-      out.log_sum[i] = __builtin_inf();
-    }
-    return;
-  }
+  if (most == 0) return store_empty(out, begin, end, head_dim);
   const int64_t key_rows = whole_vectors<S>(most);
   S* key = scratch;
   S* value = key + key_rows * channels;
@@ -295,6 +298,33 @@ static void store_rows(
         store(sum + i * channels + c, value);
       }
     });
+}
+
+// `count` channels from `channel` of one key's gradient and its value's, to the result or to a part of it.
+template <class T, class S, class V>
+XRAY_INLINE void store_key_gradient(
+    const xray::HeadGradOut<T, S>& to, int64_t key, int64_t head_dim, int64_t channel, int64_t count, V dk, V dv) {
+  if (to.key_part) {
+    store_first(to.key_part + key * head_dim + channel, dk, count);
+    store_first(to.value_part + key * head_dim + channel, dv, count);
+  } else {
+    store_first(to.key + key * to.key_row + channel, dk, count);
+    store_first(to.value + key * to.value_row + channel, dv, count);
+  }
+}
+
+// Zeros for the keys from `keys` on, which no query sees.
+template <class T, class S>
+static void clear_unseen(const xray::HeadGradOut<T, S>& to, int64_t keys, int64_t head_dim) {
+  for (int64_t j = keys; j < to.all_keys; ++j) {
+    if (to.key_part) {
+      memset(to.key_part + j * head_dim, 0, head_dim * sizeof(S));
+      memset(to.value_part + j * head_dim, 0, head_dim * sizeof(S));
+    } else {
+      memset(to.key + j * to.key_row, 0, head_dim * sizeof(T));
+      memset(to.value + j * to.value_row, 0, head_dim * sizeof(T));
+    }
+  }
 }
 
 // Queries [begin, end), `begin` a multiple of the panel's width, and all keys.
@@ -411,25 +441,11 @@ static void attention_head_backward(
     for (int64_t j = 0; j < keys; ++j) {
       for_each_vector<T>(0, head_dim, [&](int64_t c, int64_t n) XRAY_LAMBDA {
         const V dk = load(grad_key + j * channels + c) * scale, dv = load(grad_value + j * channels + c);
-        if (to.key_part) {
-          store_first(to.key_part + (from + j) * head_dim + c, dk, n);
-          store_first(to.value_part + (from + j) * head_dim + c, dv, n);
-        } else {
-          store_first(to.key + (from + j) * to.key_row + c, dk, n);
-          store_first(to.value + (from + j) * to.value_row + c, dv, n);
-        }
+        store_key_gradient(to, from + j, head_dim, c, n, dk, dv);
       });
     }
   }
-  for (int64_t j = in.keys; j < to.all_keys; ++j) {
-    if (to.key_part) {
-      memset(to.key_part + j * head_dim, 0, head_dim * sizeof(S));
-      memset(to.value_part + j * head_dim, 0, head_dim * sizeof(S));
-    } else {
-      memset(to.key + j * to.key_row, 0, head_dim * sizeof(T));
-      memset(to.value + j * to.value_row, 0, head_dim * sizeof(T));
-    }
-  }
+  clear_unseen(to, in.keys, head_dim);
 }
 
 // Rows [begin, end) of the sum of `parts` results, each (keys, D), one after another.

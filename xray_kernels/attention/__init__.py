@@ -139,7 +139,7 @@ def attention_varlen(
             values of `cu_seqlens` are looked at on a CPU only.
     """
     scale = _check(query, key, value, scale, "(T, H, D)", {})
-    longest = _check_packed(query, key, cu_seqlens, max_seqlen)
+    longest = _check_packed(query, cu_seqlens, max_seqlen)
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     return ops.attention(query, key, value, scale, is_causal, None, cu_seqlens, longest)[0][0].transpose(0, 1)
 
@@ -169,7 +169,7 @@ def attention_varlen_with_scores(
         TypeError, ValueError, RuntimeError: as in `attention_varlen`.
     """
     scale = _check(query, key, value, scale, "(T, H, D)", {})
-    longest = _check_packed(query, key, cu_seqlens, max_seqlen)
+    longest = _check_packed(query, cu_seqlens, max_seqlen)
     _checks.check_int("num_prefix_tokens", num_prefix_tokens, 1, None, "at least the class token")
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     out, scores, _, _ = ops.attention_with_scores(
@@ -196,12 +196,10 @@ def _check(
         _checks.check_tensor(name, tensor, layout=layout)
     _checks.check_float("query", query)
     packed = query.dim() == 3
-    tokens = 0 if packed else 2
     expected = list(query.shape)
-    expected[tokens] = key.shape[tokens]
+    if not packed:
+        expected[2] = key.shape[2]
     why = "T, H and D of query" if packed else "B, H, D of query and N of key"
-    if packed:
-        expected[0] = query.shape[0]
     for name, tensor in (("key", key), ("value", value)):
         _checks.check_same(name, tensor, "query", query)
         _checks.check_shape(name, tensor, tuple(expected), why)
@@ -229,7 +227,7 @@ def _check_lengths(key_lengths: Tensor | None, query: Tensor) -> None:
         _checks.check_shape("key_lengths", key_lengths, (query.shape[0],), "one length for each row of the batch")
 
 
-def _check_packed(query: Tensor, key: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> int:
+def _check_packed(query: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> int:
     """The longest length, for launches."""
     total = query.shape[0]
     _check_integers("cu_seqlens", cu_seqlens, query, "(B + 1,)")

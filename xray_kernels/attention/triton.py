@@ -31,13 +31,13 @@ Sizes of tiles come from `configuration`; none is measured on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from xray_kernels._triton import FUSION, on
 from xray_kernels.attention import reference
 from xray_kernels.attention import triton_backward_kernels as backward_kernels
 from xray_kernels.attention import triton_kernels as kernels
@@ -52,8 +52,6 @@ __all__ = [
     "samples",
 ]
 MOST_CHANNELS = 256
-FUSION: dict[str, Any] = {"enable_fp_fusion": True}
-"""Products and sums may be one instruction; the default differs between versions of Triton."""
 
 
 class Tiles(NamedTuple):
@@ -128,11 +126,6 @@ def blocks(head_dim: int) -> tuple[int, int]:
     return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device; this makes it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _eight(*tensors: Tensor) -> bool:
     """Whether rows of the tensors can be read 8 channels at once."""
     return all(x.stride(3) == 1 and all(stride % 8 == 0 for stride in x.stride()[:3]) for x in tensors)
@@ -167,7 +160,7 @@ def _forward(
     tiles, eight = triton.cdiv(longest, tile.block_m), _eight(query, key, value)
     programs = _sequences(query, cu_seqlens) * heads * tiles
     if programs:
-        with _on(query):
+        with on(query):
             kernels.forward_kernel[(programs,)](
                 *_strided(eight, query, key, value), out, statistics, class_row,
                 key_lengths, cu_seqlens, scale, heads, length, key.shape[2], tiles, statistics.stride(0),
@@ -219,7 +212,7 @@ def _scores(
     tiles = triton.cdiv(max_seqlen if packed else length, 64)
     programs = _sequences(class_row, cu_seqlens) * tiles
     if programs and heads:
-        with _on(class_row):
+        with on(class_row):
             kernels.scores_kernel[(programs,)](
                 class_row, statistics, *strides, scores, key_lengths, cu_seqlens, heads, length, tiles,
                 statistics.stride(0), prefix, HEADS=16, BLOCK_N=64, num_warps=4, **FUSION,
@@ -265,7 +258,7 @@ def attention_backward(
             )  # fmt: skip
 
     half = statistics.stride(0)
-    with _on(query):
+    with on(query):
         if _is_whole(longest_key, head_dim, query.dtype):
             tile = configuration("whole", longest, longest_key, head_dim, query.dtype)
             launch(
@@ -302,7 +295,7 @@ def class_scores(
     statistics = query.new_empty(2, sequences, heads, dtype=torch.float32)
     eight = _eight(query, key)
     if sequences * heads * length:
-        with _on(query):
+        with on(query):
             kernels.class_logits_kernel[(sequences * heads,)](
                 *_strided(eight, query, key), class_row, statistics, key_lengths, cu_seqlens, scale,
                 heads, length, statistics.stride(0), HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim),
@@ -331,7 +324,7 @@ def class_scores_backward(
     eight = _eight(query, key, grad_query, grad_key)
     sequences = _sequences(query, cu_seqlens)
     if sequences * heads * length:
-        with _on(query):
+        with on(query):
             backward_kernels.class_gradient_kernel[(sequences * heads,)](
                 grad_scores, *grad_scores.stride(), *_strided(eight, query, key), class_row.contiguous(),
                 *_strided(eight, grad_query, grad_key), cu_seqlens, scale, heads, length,

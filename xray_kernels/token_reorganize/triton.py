@@ -18,7 +18,6 @@ Sizes of blocks are chosen by reasoning about occupancy; none is measured on a G
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from xray_kernels._triton import FUSION, on
 from xray_kernels.token_reorganize import reference
 from xray_kernels.token_reorganize import triton_kernels as kernels
 
@@ -34,13 +34,6 @@ COUNTED = 256
 MOST_IN_ONE_TILE = 1024
 MOST_NORM_CHANNELS = 4096
 """LayerNorm keeps whole rows in registers; wider ones go to the reference."""
-FUSION: dict[str, Any] = {"enable_fp_fusion": True}
-"""Products and sums may be one instruction; the default differs between versions of Triton."""
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device; this makes it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _width(channels: int) -> int:
@@ -102,7 +95,7 @@ def _forward(
     fused_rows = _rows(8192, fused_block, 64 if ranked else 32)
     fused_programs = batch * triton.cdiv(channels, fused_block) if fuse else 0
     copy_parts = triton.cdiv(prefix + keep if ranked else length, rows)
-    with _on(tokens):
+    with on(tokens):
         if ranked:
             _rank(scores, order, indices)
         kernels.move_kernel[(fused_programs + batch * copy_parts,)](
@@ -152,7 +145,7 @@ def reorganize_tokens_backward(
     if batch == 0:
         return grad_tokens, grad_scores
     indices, block = indices.contiguous(), _block(channels)
-    with _on(tokens):
+    with on(tokens):
         place = _places(scores, indices)
         rows = _rows(4096, block, 16 if place is None else 64)
         parts = triton.cdiv(length, rows)
@@ -201,7 +194,7 @@ def add_reorganize_norm_backward(
     splits = triton.cdiv(length, split_rows)
     groups = min(batch, 1024)
     partial = scores.new_empty(groups * splits, 2, channels, dtype=torch.float32)
-    with _on(residual):
+    with on(residual):
         place = _places(scores, indices)
         kernels.norm_backward_kernel[(splits, groups)](
             grad_stream, *grad_stream.stride(), grad_normed, *grad_normed.stride(),
