@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from bench.harness import DEVICE, DIRECTIONS, Bench, ours, peer
-from xray_kernels.contrastive_loss.spec import SPECS, sample_features
+from xray_kernels.contrastive_loss.spec import LOSSES, sample_features
 from xray_kernels.testing import OpSpec
 
 SHAPE, SMOKE = (1024, 512), (6, 8)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", LOSSES, ids=lambda spec: spec.name)
 def test_contrastive_loss(spec: OpSpec, direction: str, bench: Bench) -> None:
     like = (torch.float32, DEVICE, torch.Generator().manual_seed(0))
     inputs = sample_features(*(SHAPE if bench.full else SMOKE), like)

@@ -13,9 +13,11 @@ from xray_kernels import (
     attention_varlen_with_scores,
     attention_with_scores,
     clip_loss,
+    clip_loss_with_ranks,
     gather_tokens,
     reorganize_tokens,
     siglip_loss,
+    siglip_loss_with_ranks,
     tag_loss,
     token_map,
 )
@@ -30,9 +32,11 @@ __all__ = [
     "attention_varlen_with_scores",
     "attention_with_scores",
     "clip_loss",
+    "clip_loss_with_ranks",
     "gather_tokens",
     "reorganize_tokens",
     "siglip_loss",
+    "siglip_loss_with_ranks",
     "tag_loss",
     "token_map",
 ]

@@ -11,7 +11,7 @@ from xray_kernels.attention import (
     attention_with_scores,
 )
 from xray_kernels.attention.samples import samples as _attention_samples
-from xray_kernels.contrastive_loss import clip_loss, siglip_loss
+from xray_kernels.contrastive_loss import clip_loss, clip_loss_with_ranks, siglip_loss, siglip_loss_with_ranks
 from xray_kernels.contrastive_loss.modules import ClipLoss, SigLipLoss
 from xray_kernels.tag_loss import tag_loss
 from xray_kernels.token_reorganize import add_reorganize_norm, reorganize_tokens
@@ -27,9 +27,11 @@ __all__ = [
     "attention_varlen_with_scores",
     "attention_with_scores",
     "clip_loss",
+    "clip_loss_with_ranks",
     "gather_tokens",
     "reorganize_tokens",
     "siglip_loss",
+    "siglip_loss_with_ranks",
     "tag_loss",
     "token_map",
 ]

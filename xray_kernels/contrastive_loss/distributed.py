@@ -55,8 +55,8 @@ def check_equal_rows(features: Tensor, group: Any) -> None:
         _verified_rows[group] = rows
 
 
-def _all_gather(value: Tensor, group: Any) -> Tensor:
-    """(n, ...) of every rank, in rank order: (N, ...)."""
+def all_gather(value: Tensor, group: Any) -> Tensor:
+    """(n, ...) of every rank, in rank order: (N, ...), without gradient."""
     out = value.new_empty(dist.get_world_size(group) * value.shape[0], *value.shape[1:])
     # torch 2.13 renames the collective and warns of the old name, which is the only one in 2.10
     collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -76,7 +76,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _all_gather(value, group)
+        return all_gather(value, group)
 
     @staticmethod
     @once_differentiable
@@ -101,7 +101,7 @@ class _MergeColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (share,) = ctx.saved_tensors
-        return _all_gather(grad, ctx.group).mul_(share), None
+        return all_gather(grad, ctx.group).mul_(share), None
 
 
 class _Mean(torch.autograd.Function):
@@ -122,9 +122,14 @@ def _mean(value: Tensor, group: Any) -> Tensor:
     return value
 
 
-def first_row(features: Tensor, group: Any) -> int:
-    """Where this rank's (n, D) stand among the rows of all ranks."""
-    return features.shape[0] * dist.get_rank(group)
+def place(features: Tensor, group: Any) -> tuple[int, int]:
+    """The number of ranks, and where this rank's (n, D) stand among the rows of all of them."""
+    return dist.get_world_size(group), features.shape[0] * dist.get_rank(group)
+
+
+def sum_columns(counts: Tensor, group: Any) -> Tensor:
+    """Sums over ranks of (N,) integers: this rank's own n; empty where these are."""
+    return _reduce_scatter(counts, group) if counts.numel() else counts
 
 
 def gather_rows(value: Tensor, group: Any) -> Tensor:

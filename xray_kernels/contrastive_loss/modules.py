@@ -20,12 +20,14 @@ from torch import distributed as dist
 from xray_kernels.contrastive_loss import (
     DEFAULT_WORKSPACE_BYTES,
     as_scalar,
+    as_scale,
     check_features,
     clip_share,
     clip_statistics,
     siglip_share,
 )
-from xray_kernels.contrastive_loss.distributed import mean_over_ranks
+from xray_kernels.contrastive_loss.distributed import check_equal_rows, mean_over_ranks
+from xray_kernels.contrastive_loss.labels import match
 from xray_kernels.contrastive_loss.tiling import wide_dtype
 
 
@@ -98,40 +100,46 @@ class ClipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss; `{"contrastive_loss": loss}` with `output_dict`.
 
         Args:
-            image_features, text_features, logit_scale: as for `clip_loss`.
+            image_features, text_features, logit_scale, labels: as for `clip_loss`.
             logit_bias: shifts all logits alike, so it changes nothing; a tensor gets a zero gradient.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for `clip_loss`; also a world_size that is not the default
                 group's.
         """
-        check_features(image_features, text_features, "all_gather", DEFAULT_WORKSPACE_BYTES)
-        scale = as_scalar("logit_scale", logit_scale, image_features)
+        check_features(image_features, text_features, labels, "all_gather", DEFAULT_WORKSPACE_BYTES)
+        scale = as_scale(logit_scale, image_features)
         ranks = _default_group(self.world_size)
         if ranks is None:
-            loss = clip_share(image_features, text_features, scale, None, "all_gather", DEFAULT_WORKSPACE_BYTES)
+            loss = self._share(image_features, text_features, scale, labels, None)
         elif self.local_loss and not self.gather_with_grad:
-            loss = self._queries_only(image_features, text_features, scale, ranks)
+            loss = self._queries_only(image_features, text_features, scale, labels, ranks)
         else:
             if not self.gather_with_grad:
                 image_features = _WeakenGradient.apply(image_features, 1 / self.world_size)
                 text_features = _WeakenGradient.apply(text_features, 1 / self.world_size)
-            loss = clip_share(image_features, text_features, scale, ranks, "all_gather", DEFAULT_WORKSPACE_BYTES)
+            loss = self._share(image_features, text_features, scale, labels, ranks)
             if not self.local_loss:
                 loss = mean_over_ranks(loss, ranks)
         if logit_bias is not None:
             loss = loss + 0.0 * as_scalar("logit_bias", logit_bias, image_features).to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _queries_only(self, image: Tensor, text: Tensor, scale: Tensor, ranks: Any) -> Tensor:
+    def _share(self, image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None, ranks: Any) -> Tensor:
+        return clip_share(image, text, scale, labels, ranks, "all_gather", DEFAULT_WORKSPACE_BYTES)[0]
+
+    def _queries_only(self, image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None, ranks: Any) -> Tensor:
         """Rows differentiate the images and columns the texts; their effect on the other side is dropped."""
-        workspace = DEFAULT_WORKSPACE_BYTES
-        row_lse, _, row_positive = clip_statistics(image, text.detach(), scale, ranks, "all_gather", workspace)
-        _, column_lse, column_positive = clip_statistics(image.detach(), text, scale, ranks, "all_gather", workspace)
+        check_equal_rows(image, ranks)
+        rest = (scale, match(labels, image, ranks), ranks, "all_gather", DEFAULT_WORKSPACE_BYTES)
+        row_lse, _, row_positive, *_ = clip_statistics(image, text.detach(), *rest)
+        _, column_lse, column_positive, *_ = clip_statistics(image.detach(), text, *rest)
         rows, columns = (row_lse - row_positive).mean(), (column_lse - column_positive).mean()
         return ((rows + columns) / 2).to(wide_dtype(image.dtype))
 
@@ -171,25 +179,28 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, over ranks this rank's share; `{"contrastive_loss": loss}` with `output_dict`.
 
         Args:
-            image_features, text_features, logit_scale, logit_bias: as for `siglip_loss`; a bias of None is
-                none.
+            image_features, text_features, logit_scale, logit_bias, labels: as for `siglip_loss`; a bias of None
+                is none.
 
         Raises:
             TypeError, ValueError, RuntimeError: as for `siglip_loss`; also a world_size that is not the
                 default group's.
         """
-        check_features(image_features, text_features, self.exchange, DEFAULT_WORKSPACE_BYTES)
+        check_features(image_features, text_features, labels, self.exchange, DEFAULT_WORKSPACE_BYTES)
         loss = siglip_share(
             image_features,
             text_features,
-            as_scalar("logit_scale", logit_scale, image_features),
+            as_scale(logit_scale, image_features),
             as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features),
+            labels,
             _default_group(self.world_size),
             self.exchange,
             DEFAULT_WORKSPACE_BYTES,
-        )
+        )[0]
         return {"contrastive_loss": loss} if output_dict else loss

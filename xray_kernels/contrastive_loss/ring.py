@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from xray_kernels.contrastive_loss import local
+from xray_kernels.contrastive_loss.labels import Matching
 from xray_kernels.contrastive_loss.tiling import wide_dtype
 
 
@@ -71,29 +72,50 @@ def _return_gradients(
 class _RingStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, group: Any, max_workspace_bytes: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n, rank = image.shape[0], dist.get_rank(group)
+        ctx: Any,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        matching: Matching,
+        image_pairs: Tensor,
+        text_pairs: Tensor,
+        group: Any,
+        max_workspace_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        n = image.shape[0]
         row_lse = image.new_full((n,), float("-inf"), dtype=torch.float64)
         column_lse = row_lse.new_empty(dist.get_world_size(group) * n)
-        positive = row_lse
+        positive = torch.zeros_like(row_lse)
+        image_ranks, text_ranks = (torch.zeros_like(pairs, dtype=torch.int32) for pairs in (image_pairs, text_pairs))
         for owner, block in _blocks(text, group):
-            offset = 0 if owner == rank else n
-            rows, column_lse[owner * n : (owner + 1) * n], found = local.contrastive_statistics(
-                image, block, logit_scale, offset, max_workspace_bytes
+            columns = slice(owner * n, (owner + 1) * n)
+            rows, column_lse[columns], found, ahead, text_ranks[columns], _ = local.contrastive_statistics(
+                image,
+                block,
+                logit_scale,
+                matching.image_labels,
+                matching.text_labels[columns],
+                image_pairs,
+                text_pairs[columns],
+                0,
+                max_workspace_bytes,
             )
             row_lse = torch.logaddexp(row_lse, rows)
-            positive = found if owner == rank else positive
+            positive += found
+            image_ranks += ahead
         ctx.group, ctx.max_workspace_bytes = group, max_workspace_bytes
-        ctx.save_for_backward(image, text, logit_scale, row_lse, column_lse)
-        return row_lse, column_lse, positive
+        ctx.mark_non_differentiable(image_ranks, text_ranks)
+        ctx.save_for_backward(
+            image, text, logit_scale, row_lse, column_lse, matching.image_labels, matching.text_labels
+        )
+        return row_lse, column_lse, positive, image_ranks, text_ranks
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_row: Tensor, grad_column: Tensor, grad_positive: Tensor) -> tuple[Any, ...]:
-        image, text, logit_scale, row_lse, column_lse = ctx.saved_tensors
+    def backward(ctx: Any, grad_row: Tensor, grad_column: Tensor, grad_positive: Tensor, *_: Any) -> tuple[Any, ...]:
+        image, text, logit_scale, row_lse, column_lse, image_labels, text_labels = ctx.saved_tensors
         image_needs, text_needs, scale_needs = ctx.needs_input_grad[:3]
-        n, rank = image.shape[0], dist.get_rank(ctx.group)
+        n = image.shape[0]
         grad_image = torch.zeros_like(image, dtype=wide_dtype(image.dtype))
         grad_scale = torch.zeros_like(logit_scale, dtype=torch.float64)
 
@@ -106,9 +128,11 @@ class _RingStatistics(torch.autograd.Function):
                 image,
                 block,
                 logit_scale,
+                image_labels,
+                text_labels[columns],
                 row_lse,
                 column_lse[columns],
-                0 if owner == rank else n,
+                image.new_empty((0, n), dtype=grad_image.dtype),
                 ctx.max_workspace_bytes,
                 image_needs or scale_needs,
                 text_needs,
@@ -123,8 +147,7 @@ class _RingStatistics(torch.autograd.Function):
             grad_image.to(image.dtype) if image_needs else None,
             grad_text,
             grad_scale.to(logit_scale.dtype) if scale_needs else None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
@@ -136,42 +159,69 @@ class _RingSigmoid(torch.autograd.Function):
         text: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
+        matching: Matching,
+        image_pairs: Tensor,
+        text_pairs: Tensor,
         group: Any,
         max_workspace_bytes: int,
-    ) -> Tensor:
-        n, rank = image.shape[0], dist.get_rank(group)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n = image.shape[0]
         total = image.new_zeros((), dtype=torch.float64)
+        image_ranks, text_ranks = (torch.zeros_like(pairs, dtype=torch.int32) for pairs in (image_pairs, text_pairs))
         for owner, block in _blocks(text, group):
-            offset = 0 if owner == rank else n
-            total += local.sigmoid_contrastive(
-                image, block, logit_scale, logit_bias, offset, max_workspace_bytes, False, False
-            )[0]
+            columns = slice(owner * n, (owner + 1) * n)
+            part, *_, ahead, text_ranks[columns] = local.sigmoid_contrastive(
+                image,
+                block,
+                logit_scale,
+                logit_bias,
+                matching.image_labels,
+                matching.text_labels[columns],
+                image_pairs,
+                text_pairs[columns],
+                max_workspace_bytes,
+                False,
+                False,
+            )
+            total += part
+            image_ranks += ahead
         ctx.group, ctx.max_workspace_bytes = group, max_workspace_bytes
-        ctx.save_for_backward(image, text, logit_scale, logit_bias)
-        return total
+        ctx.mark_non_differentiable(image_ranks, text_ranks)
+        ctx.save_for_backward(image, text, logit_scale, logit_bias, matching.image_labels, matching.text_labels)
+        return total, image_ranks, text_ranks
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        image, text, logit_scale, logit_bias = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        image, text, logit_scale, logit_bias, image_labels, text_labels = ctx.saved_tensors
         image_needs, text_needs, scale_needs, bias_needs = ctx.needs_input_grad[:4]
         rows_need = image_needs or scale_needs or bias_needs
-        n, rank = image.shape[0], dist.get_rank(ctx.group)
+        n = image.shape[0]
         factor = grad.to(wide_dtype(image.dtype))
         grad_image = torch.zeros_like(image, dtype=factor.dtype)
         grad_scale = torch.zeros_like(logit_scale, dtype=torch.float64)
         grad_bias = torch.zeros_like(grad_scale)
 
         def contribution(owner: int, block: Tensor) -> Tensor:
-            offset = 0 if owner == rank else n
-            _, by_image, by_text, by_scale, by_bias = local.sigmoid_contrastive(
-                image, block, logit_scale, logit_bias, offset, ctx.max_workspace_bytes, rows_need, text_needs
+            empty = image.new_empty(0, dtype=factor.dtype)
+            _, by_image, by_text, by_scale, by_bias, *_ = local.sigmoid_contrastive(
+                image,
+                block,
+                logit_scale,
+                logit_bias,
+                image_labels,
+                text_labels[owner * n : (owner + 1) * n],
+                empty,
+                empty,
+                ctx.max_workspace_bytes,
+                rows_need,
+                text_needs,
             )
             if image_needs:
                 grad_image.add_(by_image)
             grad_scale.add_(by_scale)
             grad_bias.add_(by_bias)
-            return by_text.mul_(factor)
+            return by_text * factor
 
         grad_text = _return_gradients(text, ctx.group, contribution, text_needs)
         return (
@@ -179,24 +229,42 @@ class _RingSigmoid(torch.autograd.Function):
             grad_text,
             (grad_scale * grad).to(logit_scale.dtype) if scale_needs else None,
             (grad_bias * grad).to(logit_bias.dtype) if bias_needs else None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
 def ring_statistics(
-    image: Tensor, text: Tensor, logit_scale: Tensor, group: Any, max_workspace_bytes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    matching: Matching,
+    image_pairs: Tensor,
+    text_pairs: Tensor,
+    group: Any,
+    max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`local.contrastive_statistics` of this rank's rows against all texts, two blocks of which it holds."""
-    return _RingStatistics.apply(image, text, logit_scale, group, max_workspace_bytes)
+    return _RingStatistics.apply(
+        image, text, logit_scale, matching, image_pairs, text_pairs, group, max_workspace_bytes
+    )
 
 
 def ring_sigmoid(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, group: Any, max_workspace_bytes: int
-) -> Tensor:
-    """The loss of `local.sigmoid_contrastive` for this rank's rows against all texts.
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    matching: Matching,
+    image_pairs: Tensor,
+    text_pairs: Tensor,
+    group: Any,
+    max_workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and ranks of `local.sigmoid_contrastive` for this rank's rows against all texts.
 
     Gradients are computed in the backward pass, on a second trip of the texts, because what arrives there may
     differ between ranks: 4 n N D products instead of 3.
     """
-    return _RingSigmoid.apply(image, text, logit_scale, logit_bias, group, max_workspace_bytes)
+    return _RingSigmoid.apply(
+        image, text, logit_scale, logit_bias, matching, image_pairs, text_pairs, group, max_workspace_bytes
+    )

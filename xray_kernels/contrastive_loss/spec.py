@@ -2,34 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xray_kernels.contrastive_loss import clip_loss, siglip_loss
+from xray_kernels.contrastive_loss import (
+    clip_loss,
+    clip_loss_with_ranks,
+    siglip_loss,
+    siglip_loss_with_ranks,
+)
 from xray_kernels.testing import Case, Inputs, OpSpec, nbytes, randn
 
 
-def compose_clip(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, **options: object
-) -> Tensor:
-    """CLIP's loss as the paper's pseudocode writes it, on the whole matrix."""
+def _positives(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Whether image i and text j belong together, (n, n)."""
+    if labels is None:
+        labels = torch.arange(logits.shape[0], device=logits.device)
+    return labels[:, None] == labels
+
+
+def _ranks(logits: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    own = logits.diagonal()
+    rows, columns = ((side >= own[:, None]) & ~positives for side in (logits, logits.T))
+    return rows.sum(1, dtype=torch.int32), columns.sum(1, dtype=torch.int32)
+
+
+def compose_clip_with_ranks(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    labels: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CLIP's loss as the paper's pseudocode writes it, on the whole matrix, and ranks by counting in it."""
     logits = image_features @ text_features.T * logit_scale
-    labels = torch.arange(logits.shape[0], device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    positives = _positives(logits, labels)
+    if labels is None:
+        target = torch.arange(logits.shape[0], device=logits.device)
+    else:
+        target = positives / positives.sum(1, keepdim=True, dtype=logits.dtype)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, *_ranks(logits, positives)
 
 
-def compose_siglip(
+def compose_siglip_with_ranks(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
+    labels: Tensor | None = None,
     **options: object,
-) -> Tensor:
-    """SigLIP's loss as the paper's pseudocode writes it, on the whole matrix."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SigLIP's loss as the paper's pseudocode writes it, on the whole matrix, and ranks by counting in it."""
     logits = image_features @ text_features.T * logit_scale + logit_bias
-    labels = 2 * torch.eye(logits.shape[0], device=logits.device, dtype=logits.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum() / logits.shape[0]
+    positives = _positives(logits, labels)
+    signs = 2 * positives.to(logits.dtype) - 1
+    return -F.logsigmoid(signs * logits).sum() / logits.shape[0], *_ranks(logits, positives)
+
+
+def compose_clip(*args: Any, **options: Any) -> Tensor:
+    """The loss of `compose_clip_with_ranks`."""
+    return compose_clip_with_ranks(*args, **options)[0]
+
+
+def compose_siglip(*args: Any, **options: Any) -> Tensor:
+    """The loss of `compose_siglip_with_ranks`."""
+    return compose_siglip_with_ranks(*args, **options)[0]
 
 
 def sample_features(
@@ -54,6 +96,7 @@ def _case(
     shape: tuple[int, ...] = (),
     agreement: float = 1.0,
     bias: float | None = None,
+    captions: int | None = None,
     **more: object,
 ) -> Case:
     def make(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
@@ -62,6 +105,9 @@ def _case(
         inputs["logit_scale"] = torch.full(shape, scale, dtype=wide, device=device)
         if bias is not None:
             inputs["logit_bias"] = torch.full(shape, bias, dtype=wide, device=device)
+        if captions is not None:  # so many different ones, drawn at random
+            labels = torch.randint(captions, (n,), generator=generator) * 2**40
+            inputs["labels"] = labels.to(device)
         return {**inputs, **more}
 
     return Case(name, make)
@@ -74,13 +120,27 @@ def _cases(bias: float | None) -> tuple[Case, ...]:
         _case("one pair", 1, 16, bias=bias),
         _case("two pairs, parameters of shape (1,)", 2, 24, shape=(1,), bias=bias),
         _case("odd sizes", 101, 37, bias=bias),
-        _case("many small tiles", 67, 20, bias=bias, max_workspace_bytes=2**13),
+        _case("many small tiles", 67, 20, bias=bias, max_workspace_bytes=2**14),
         _case("large logits", 64, 64, scale=100.0, bias=bias),
         _case("large logits that agree", 64, 32, scale=100.0, agreement=30.0, bias=bias),
         _case("two pairs that agree", 2, 8, scale=100.0, agreement=30.0, bias=bias),
         _case("large logits that disagree", 33, 16, scale=100.0, agreement=-3.0, bias=bias),
         _case("one feature", 19, 1, bias=bias),
         _case("zero scale", 20, 16, scale=0.0, bias=bias),
+        _case("captions that occur more than once", 90, 24, captions=30, bias=bias),
+        _case("one caption", 17, 8, captions=1, bias=bias),
+        _case("several tasks, most logits not kept", 531, 12, bias=bias, max_workspace_bytes=2**20),
+    )
+
+
+def _cases_with_ranks(bias: float | None) -> tuple[Case, ...]:
+    return (
+        _case("batch", 72, 32, bias=bias),
+        _case("one pair", 1, 16, bias=bias),
+        _case("odd sizes", 101, 37, bias=bias),
+        _case("many small tiles", 67, 20, bias=bias, max_workspace_bytes=2**14),
+        _case("captions that occur more than once", 90, 24, captions=30, bias=bias),
+        _case("several tasks", 531, 12, bias=bias, max_workspace_bytes=2**20),
     )
 
 
@@ -94,7 +154,12 @@ def _product(inputs: Inputs) -> int:
     return 2 * n * n * width
 
 
-SPECS = (
+def _with_ranks(spec: OpSpec, function: Any, composition: Any, bias: float | None) -> OpSpec:
+    name = f"{spec.name}_with_ranks"
+    return replace(spec, name=name, function=function, composition=composition, cases=_cases_with_ranks(bias))
+
+
+LOSSES = (
     OpSpec(
         name="clip_loss",
         function=clip_loss,
@@ -111,4 +176,10 @@ SPECS = (
         traffic=_traffic,
         flops=lambda inputs: (_product(inputs), 2 * _product(inputs)),
     ),
+)
+CLIP, SIGLIP = LOSSES
+SPECS = (
+    *LOSSES,
+    _with_ranks(CLIP, clip_loss_with_ranks, compose_clip_with_ranks, None),
+    _with_ranks(SIGLIP, siglip_loss_with_ranks, compose_siglip_with_ranks, -10.0),
 )

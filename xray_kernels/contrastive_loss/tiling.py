@@ -8,10 +8,16 @@ from collections.abc import Iterator
 import torch
 
 SMALLEST_SIDE = 16
-TILE_COPIES = 3
-"""Tiles of one shape that the references hold at a time: logits, probabilities and one intermediate."""
+TILE_COPIES = 4
+"""Tiles of one shape that the references hold at a time: logits, probabilities and intermediates."""
 OPERAND_COPIES = 2
 """Copies of a tile's rows of features: widened to float32, and one intermediate."""
+
+
+TILES_SHARE = 8
+"""One part in so many of the workspace is for tiles when logits are kept."""
+KEPT_UNIT = 256
+"""Kept rows are a multiple of this, unless all are kept, so that kernels need not cut their tiles."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,14 +47,23 @@ def tile_shape(rows: int, columns: int, width: int, dtype: torch.dtype, max_byte
     return tall, broad
 
 
-def spans(length: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step` that cover `length`."""
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+def plan(rows: int, columns: int, width: int, dtype: torch.dtype, max_bytes: int, keep: bool) -> tuple[int, int]:
+    """How many rows of logits a forward pass keeps for the backward, and the bytes that are left for tiles.
+
+    A kept row is not computed again: with all rows kept, CLIP's loss costs 3 products instead of 4.
+    """
+    if not keep:
+        return 0, max_bytes
+    wide = wide_dtype(dtype)
+    sums = 0 if wide == dtype else (rows + columns) * width * wide.itemsize  # of gradients, beside these themselves
+    tiles = max(max_bytes // TILES_SHARE, smallest_workspace(rows, columns, width, dtype))
+    kept = min(max(max_bytes - tiles - sums, 0) // (columns * wide.itemsize), rows)
+    if kept < rows:
+        kept = kept // KEPT_UNIT * KEPT_UNIT
+    return kept, max_bytes - kept * columns * wide.itemsize
 
 
-def positives(rows: slice, columns: slice, offset: int) -> tuple[int, slice]:
-    """Which diagonal of a tile holds positives, those at (i, offset + i), and their rows i, maybe none."""
-    first = max(rows.start, columns.start - offset)
-    last = min(rows.stop, columns.stop - offset)
-    return offset + rows.start - columns.start, slice(first, max(first, last))
+def spans(length: int, step: int, start: int = 0) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover [start, length)."""
+    for first in range(start, length, step):
+        yield slice(first, min(first + step, length))
