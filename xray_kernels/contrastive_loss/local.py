@@ -58,9 +58,6 @@ def _fake_statistics(
 
 
 def _fake_statistics_backward(
-    grad_row: Tensor,
-    grad_column: Tensor,
-    grad_positive: Tensor,
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
@@ -69,6 +66,9 @@ def _fake_statistics_backward(
     row_lse: Tensor,
     column_lse: Tensor,
     kept: Tensor,
+    grad_row: Tensor,
+    grad_column: Tensor,
+    grad_positive: Tensor,
     workspace_bytes: int,
     image_grad: bool,
     text_grad: bool,
@@ -97,7 +97,7 @@ def _backward_statistics(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         for grad, like in zip(grads[:3], (row_lse, column_lse, row_lse), strict=True)
     )
     grad_image, grad_text, grad_scale = contrastive_statistics_backward(
-        *filled, image, text, logit_scale, *rest, ctx.workspace_bytes, image_needs or scale_needs, text_needs
+        image, text, logit_scale, *rest, *filled, ctx.workspace_bytes, image_needs or scale_needs, text_needs
     )
     return (
         grad_image if image_needs else None,
@@ -182,9 +182,9 @@ contrastive_pairs = _library.define(
     setup_context=_setup_pairs,
 )
 contrastive_statistics_backward = _library.define(
-    "contrastive_statistics_backward(Tensor grad_row, Tensor grad_column, Tensor grad_positive, Tensor image,"
-    " Tensor text, Tensor logit_scale, Tensor image_labels, Tensor text_labels, Tensor row_lse, Tensor column_lse,"
-    " Tensor kept, SymInt workspace_bytes, bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
+    "contrastive_statistics_backward(Tensor image, Tensor text, Tensor logit_scale, Tensor image_labels,"
+    " Tensor text_labels, Tensor row_lse, Tensor column_lse, Tensor kept, Tensor grad_row, Tensor grad_column,"
+    " Tensor grad_positive, SymInt workspace_bytes, bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
     reference=reference.contrastive_statistics_backward,
     fake=_fake_statistics_backward,
 )

@@ -57,9 +57,6 @@ def contrastive_statistics(
 
 
 def contrastive_statistics_backward(
-    grad_row: Tensor,
-    grad_column: Tensor,
-    grad_positive: Tensor,
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
@@ -68,6 +65,9 @@ def contrastive_statistics_backward(
     row_lse: Tensor,
     column_lse: Tensor,
     kept: Tensor,
+    grad_row: Tensor,
+    grad_column: Tensor,
+    grad_positive: Tensor,
     workspace_bytes: int,
     image_grad: bool,
     text_grad: bool,

@@ -122,9 +122,6 @@ class _RingStatistics(torch.autograd.Function):
         def contribution(owner: int, block: Tensor) -> Tensor:
             columns = slice(owner * n, (owner + 1) * n)
             by_image, by_text, by_scale = local.contrastive_statistics_backward(
-                grad_row,
-                grad_column[columns],
-                grad_positive,
                 image,
                 block,
                 logit_scale,
@@ -133,6 +130,9 @@ class _RingStatistics(torch.autograd.Function):
                 row_lse,
                 column_lse[columns],
                 image.new_empty((0, n), dtype=grad_image.dtype),
+                grad_row,
+                grad_column[columns],
+                grad_positive,
                 ctx.max_workspace_bytes,
                 image_needs or scale_needs,
                 text_needs,
