@@ -1,31 +1,23 @@
-"""The AVX-512 and AMX variants of the CPU kernels on machines that lack them: their own source, compiled for AVX2.
+"""The kernels of attention and of token_reorganize for AVX-512 and AMX, emulated (see `cpu_emulated.py`).
 
-Vectors of 16 lanes are split by the compiler, and tiles are emulated by their documented semantics (`cpu_emulation/`),
-which end the process where hardware would fault. Scratch is NaN before it is written and ends before a guard page. By
-the same cases and the same rule as every implementation. On a machine that has AVX-512 all tests run on it as well.
+By the same cases and the same rule as every implementation. On a machine that has AVX-512 all tests run on it as well.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import itertools
-import os
-import platform
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import cpu_emulated
 import pytest
 import torch
+from cpu_emulated import AMX, AVX512, DTYPES, LEVELS, SetLevel
 from guards import before_a_guard
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from xray_kernels import _library, attention_varlen, attention_varlen_with_scores, attention_with_scores
 from xray_kernels import attention as plain_attention
@@ -33,91 +25,18 @@ from xray_kernels.attention.spec import SPECS as ATTENTION
 from xray_kernels.testing import Case, Inputs, OpSpec, assert_within_rule, convert, randn, results
 from xray_kernels.token_reorganize.spec import SPECS as REORGANIZE
 
-ROOT = Path(__file__).resolve().parent.parent
-NAMESPACE = "xray_emulated_cpu"
 SOURCES = ("attention/cpu", "attention/cpu_class_row", "token_reorganize/cpu", "token_reorganize/cpu_norm")
-AVX512, AMX = 2, 3
 WITH_SCORES = next(spec for spec in ATTENTION if spec.name == "attention_with_scores")
-SetLevel = Callable[[int], None]
-KINDS = ["emulated", *(["hardware"] if "avx512" in _library.cpu_capabilities() else [])]
-
-
-def processor_flags() -> set[str]:
-    file = Path("/proc/cpuinfo")
-    return set(file.read_text().partition("\nflags")[2].partition("\n")[0].split()) if file.exists() else set()
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The emulated kernels, loaded as ops of a namespace of their own."""
-    if shutil.which("g++") is None or platform.machine() != "x86_64" or "avx2" not in processor_flags():
-        pytest.skip("needs g++ and a processor with AVX2")
-    folder = tmp_path_factory.mktemp("cpu_emulation")
-    includes = [ROOT / "tests/cpu_emulation", ROOT / "csrc", *cpp_extension.include_paths()]
-    command = ["g++", "-c", "-O1", "-std=c++17", "-fPIC", "-mavx2", "-mfma", "-mf16c", "-fvisibility=hidden"]
-    command += ["-fexpensive-optimizations"]  # fuses multiplications and additions, as -O3 does
-    command += ["-Wno-psabi", "-Wno-ignored-attributes", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += [f"-Dxray_kernels={NAMESPACE}", *(f"-I{folder}" for folder in includes)]
-
-    def compile(source: Path) -> Path:
-        to = folder / f"{source.parent.name}_{source.stem}.o"
-        done = subprocess.run([*command, str(source), "-o", str(to)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return to
-
-    sources = [ROOT / f"csrc/{name}.cpp" for name in SOURCES] + [ROOT / "tests/cpu_emulation/emulation.cpp"]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile, sources))
-    file, libraries = folder / "emulation.so", Path(torch.__file__).parent / "lib"
-    # its own new[] serves itself and nobody else
-    command = ["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(file)]
-    done = subprocess.run([*command, f"-L{libraries}", "-ltorch", "-ltorch_cpu"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    definitions = torch.library.Library(NAMESPACE, "DEF")
-    for name in _library.REFERENCES:
-        definitions.define(str(getattr(torch.ops.xray_kernels, name).default._schema).split("::", 1)[1])
-    torch.ops.load_library(file)
-    loaded = ctypes.CDLL(str(file))
-    loaded.emulated_products.restype = ctypes.c_int64
-    loaded.definitions = definitions  # type: ignore[attr-defined]  # live as long as the fixture
-    return loaded
+    return cpu_emulated.load("attention", SOURCES, tmp_path_factory.mktemp("cpu_emulation"))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=cpu_emulated.KINDS)
 def emulate(request: pytest.FixtureRequest) -> Iterator[SetLevel]:
-    """The package's ops run on the emulated kernels; call it with a level. Uninitialised tensors are NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        with (
-            on_hardware() if request.param == "hardware" else emulated(request.getfixturevalue("library")) as set_level
-        ):
-            yield set_level
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def emulated(library: ctypes.CDLL) -> Iterator[SetLevel]:
-    overrides = torch.library.Library(_library.NAMESPACE, "IMPL")
-    for name in _library.REFERENCES:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU"):
-            op = getattr(torch.ops.xray_emulated_cpu, name).default
-            _library.override(overrides, name, lambda keyset, *args, op=op: op(*args), "CPU")
-    try:
-        yield library.set_emulated_capability
-    finally:
-        overrides._destroy()
-
-
-@contextlib.contextmanager
-def on_hardware() -> Iterator[SetLevel]:
-    with contextlib.ExitStack() as stack:
-
-        def set_level(level: int) -> None:
-            if level >= len(_library.cpu_capabilities()):
-                pytest.skip(f"this machine has no {_library.CAPABILITIES[level]}")
-            stack.enter_context(_library.cpu_capability(_library.CAPABILITIES[level]))
-
+    with cpu_emulated.running(request.param, lambda: request.getfixturevalue("library")) as set_level:
         yield set_level
 
 
@@ -137,8 +56,6 @@ def made(
     return {name: randn(batch, heads, length, head_dim, like=like) for name in ("query", "key", "value")} | more
 
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LEVELS = [(AVX512, dtype) for dtype in DTYPES] + [(AMX, torch.bfloat16)]
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in ATTENTION for case in spec.cases]
 ON_512 = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in REORGANIZE for case in spec.cases]
 
@@ -152,7 +69,7 @@ def test_every_case_of_attention(spec: OpSpec, case: Case, level: int, dtype: to
 
 
 def test_tiles_serve_bfloat16_on_amx_only(library: ctypes.CDLL) -> None:
-    with emulated(library) as set_level:
+    with cpu_emulated.emulated(library) as set_level:
         for level, dtype in LEVELS:
             set_level(level)
             before = library.emulated_products()
@@ -290,12 +207,12 @@ def test_runs_and_threads_agree(level: int, emulate: SetLevel) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not processor_flags(), reason="the processor's flags are not listed here")
+@pytest.mark.skipif(not cpu_emulated.processor_flags(), reason="the processor's flags are not listed here")
 def test_detected_instruction_set_is_the_processors() -> None:
     available = _library.cpu_capabilities()
     if not available:
         pytest.skip("_cpu is not built")
-    flags = processor_flags()
+    flags = cpu_emulated.processor_flags()
     needs = [
         {"avx2", "fma", "f16c"},
         {"avx512f", "avx512bw", "avx512dq", "avx512vl"},

@@ -1,8 +1,6 @@
 // CPU kernels of attention, with the class token's scores: threads take (batch, head) pairs, and slices of the queries
 // where there are fewer pairs than threads. Every number is summed by one thread, or in a fixed order.
 
-#include <type_traits>
-
 #include "attention/cpu_head.h"
 
 #define XRAY_KERNEL_FILE "attention/cpu_kernel.h"
@@ -10,6 +8,7 @@
 #include "common/variants.h"
 
 #include "attention/cpu_common.h"
+#include "common/cpu_tiles.h"
 
 namespace xray {
 namespace {
@@ -35,59 +34,22 @@ HeadIn<T> head_in(
 
 // ---- the variant for the instruction set in use: bfloat16 has one for AMX ----
 
-#if defined(__x86_64__)
-template <class T>
-bool uses_tiles() {
-  return std::is_same_v<T, BFloat16> && capability() == 3;
-}
-#endif
-
-// What a thread needs to itself: scratch, and the configuration of its tiles.
-template <class T>
-class Worker {
- public:
-  explicit Worker(int64_t count) : scratch_(count) {
-#if defined(__x86_64__)
-    if (uses_tiles<T>()) amx::configure_tiles();
-#endif
-  }
-  Worker(const Worker&) = delete;
-  ~Worker() {
-#if defined(__x86_64__)
-    if (uses_tiles<T>()) amx::release_tiles();
-#endif
-  }
-  WideScalar<T>* scratch() const {
-    return scratch_.data();
-  }
-
- private:
-  Scratch<WideScalar<T>> scratch_;
-};
-
 template <class T>
 std::shared_ptr<Worker<T>> forward_worker(int64_t keys, int64_t head_dim) {
-#if defined(__x86_64__)
-  if (uses_tiles<T>()) return std::make_shared<Worker<T>>(amx::forward_scratch(keys, head_dim));
-#endif
+  XRAY_IF_TILES(T, return std::make_shared<Worker<T>>(amx::forward_scratch(keys, head_dim)));
   return std::make_shared<Worker<T>>(XRAY_CALL_VARIANT(forward_scratch<WideScalar<T>>, keys, head_dim));
 }
 
 template <class T>
 std::shared_ptr<Worker<T>> backward_worker(int64_t queries, int64_t head_dim) {
-#if defined(__x86_64__)
-  if (uses_tiles<T>()) return std::make_shared<Worker<T>>(amx::backward_scratch(queries, head_dim));
-#endif
+  XRAY_IF_TILES(T, return std::make_shared<Worker<T>>(amx::backward_scratch(queries, head_dim)));
   return std::make_shared<Worker<T>>(XRAY_CALL_VARIANT(backward_scratch<WideScalar<T>>, queries, head_dim));
 }
 
 template <class T>
 void run_head(
     const HeadIn<T>& in, const HeadOut<T, WideScalar<T>>& out, int64_t begin, int64_t end, const Worker<T>& worker) {
-#if defined(__x86_64__)
-  if constexpr (std::is_same_v<T, BFloat16>)
-    if (uses_tiles<T>()) return amx::attention_head(in, out, begin, end, worker.scratch());
-#endif
+  XRAY_IF_TILES(T, return amx::attention_head(in, out, begin, end, worker.scratch()));
   XRAY_CALL_VARIANT(attention_head<T>, in, out, begin, end, worker.scratch());
 }
 
@@ -95,10 +57,7 @@ template <class T>
 void run_head_backward(
     const HeadIn<T>& in, const HeadGradIn<T, WideScalar<T>>& grads, const HeadGradOut<T, WideScalar<T>>& to,
     int64_t begin, int64_t end, const Worker<T>& worker) {
-#if defined(__x86_64__)
-  if constexpr (std::is_same_v<T, BFloat16>)
-    if (uses_tiles<T>()) return amx::attention_head_backward(in, grads, to, begin, end, worker.scratch());
-#endif
+  XRAY_IF_TILES(T, return amx::attention_head_backward(in, grads, to, begin, end, worker.scratch()));
   XRAY_CALL_VARIANT(attention_head_backward<T>, in, grads, to, begin, end, worker.scratch());
 }
 
