@@ -84,7 +84,7 @@ def running(kind: str, library: Callable[[], ctypes.CDLL]) -> Iterator[SetLevel]
 
 @contextlib.contextmanager
 def emulated(library: ctypes.CDLL) -> Iterator[SetLevel]:
-    namespace = library.definitions.ns
+    namespace = library.definitions.ns  # type: ignore[attr-defined]
     overrides = torch.library.Library(_library.NAMESPACE, "IMPL")
     for name in _library.REFERENCES:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CPU"):

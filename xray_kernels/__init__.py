@@ -13,6 +13,7 @@ from xray_kernels.attention import (
 from xray_kernels.attention.samples import samples as _attention_samples
 from xray_kernels.contrastive_loss import clip_loss, clip_loss_with_ranks, siglip_loss, siglip_loss_with_ranks
 from xray_kernels.contrastive_loss.modules import ClipLoss, SigLipLoss
+from xray_kernels.contrastive_loss.samples import samples as _contrastive_samples
 from xray_kernels.tag_loss import tag_loss
 from xray_kernels.token_reorganize import add_reorganize_norm, reorganize_tokens
 from xray_kernels.token_reorganize.follow import TokenMap, gather_tokens, token_map
@@ -38,3 +39,10 @@ __all__ = [
 
 _library.load_compiled()
 _library.check_tiles(_attention_samples, "attention_with_scores", "attention_backward")
+_library.check_tiles(
+    _contrastive_samples,
+    "contrastive_pairs",
+    "contrastive_statistics",
+    "contrastive_statistics_backward",
+    "sigmoid_contrastive",
+)

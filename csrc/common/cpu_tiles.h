@@ -14,7 +14,7 @@ bool uses_tiles() {
   return std::is_same_v<T, BFloat16> && capability() == 3;
 }
 
-// Runs a statement of namespace amx where tiles serve elements of type T; it is not compiled for other types.
+// Runs a statement about namespace amx where tiles serve elements of type T; it is not compiled for other types.
 #define XRAY_IF_TILES(T, ...)                \
   if constexpr (std::is_same_v<T, BFloat16>) \
     if (uses_tiles<T>()) {                   \

@@ -4,8 +4,10 @@
 #include "contrastive_loss/cpu_blocks.h"
 
 #define XRAY_KERNEL_FILE "contrastive_loss/cpu_kernel.h"
+#define XRAY_AMX_KERNEL_FILE "contrastive_loss/cpu_amx_kernel.h"
 #include "common/variants.h"
 
+#include "common/cpu_tiles.h"
 #include "contrastive_loss/cpu_grid.h"
 
 namespace xray {
@@ -54,6 +56,29 @@ const T* data_of(const Tensor& tensor) {
   return tensor.numel() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
 }
 
+// Fewer images, which do not fill a tile, are left to vectors. All ops of a batch decide alike: ties are seen only
+// where logits have the same bits.
+constexpr int64_t kLeastImages = 16;
+
+template <class T>
+bool is_by_tiles(int64_t images) {
+  return uses_tiles<T>() && images >= kLeastImages;
+}
+
+// Channels of packed features.
+template <class T>
+int64_t packed_channels(int64_t features, bool by_tiles) {
+  XRAY_IF_TILES(T, if (by_tiles) return amx::whole_steps(features));
+  return XRAY_CALL_VARIANT(whole_vectors<WideScalar<T>>, features);
+}
+
+// Numbers of scratch of a thread that packs.
+template <class T>
+int64_t packing_numbers(int64_t channels, bool by_tiles) {
+  XRAY_IF_TILES(T, if (by_tiles) return amx::packing_scratch(channels));
+  return XRAY_CALL_VARIANT(packing_scratch<WideScalar<T>>, channels);
+}
+
 // All that a pass over the logits needs of its inputs, and the pass itself.
 template <class T>
 class Pass {
@@ -70,13 +95,15 @@ class Pass {
         scale_(S(scale)),
         grid_(
             make_grid<S>(
-                image_.count, text_.count, image.size(1), XRAY_CALL_VARIANT(whole_vectors<S>, image.size(1)),
+                image_.count, text_.count, image.size(1),
+                packed_channels<T>(image.size(1), is_by_tiles<T>(image_.count)), is_by_tiles<T>(image_.count),
                 2 + image_grad + text_grad, workspace_bytes)),
         image_labels_(torch::stable::contiguous(image_labels)),
         text_labels_(torch::stable::contiguous(text_labels)),
         image_ranges_(data_of<int32_t>(image_labels_), image_.count, grid_.block),
         text_ranges_(data_of<int32_t>(text_labels_), text_.count, grid_.block),
-        packed_(new_result(image, {(2 + image_grad + text_grad) * grid_.panel * grid_.channels}, wide_type(image))) {
+        packed_(new_result(
+            image, {(2 + image_grad + text_grad) * grid_.panel / grid_.block * grid_.packed}, wide_type(image))) {
   }
 
   const Grid& grid() const {
@@ -86,7 +113,7 @@ class Pass {
   // work(block, first row, first column, scratch) for each block.
   template <class F>
   void run(F&& work) {
-    const int64_t size = grid_.panel * grid_.channels;
+    const int64_t size = grid_.panel / grid_.block * grid_.packed;
     S* image = data_of<S>(packed_);
     S* text = image + size;
     S* text_panels = image_grad_ ? text + size : nullptr;
@@ -99,8 +126,9 @@ class Pass {
         if (row == 0 || grid_.columns > grid_.panel) pack(text_, column, columns, nullptr, text, text_panels);
         const auto blocks = [&](int64_t count) { return (count + grid_.block - 1) / grid_.block; };
         for_each_pair(blocks(rows), blocks(columns), grid_.threads, [&] {
-          const auto scratch = std::make_shared<Scratch<S>>(block_scratch(grid_.block));
-          return [&, scratch](int64_t i, int64_t j) {
+          const auto worker = std::make_shared<Worker<T>>(block_scratch(grid_.block, grid_.by_tiles));
+          return [&, worker](int64_t i, int64_t j) {
+            const int64_t image_at = i * grid_.packed, text_at = j * grid_.packed;
             i *= grid_.block, j *= grid_.block;
             LogitBlock<S> block{};
             block.rows = std::min(grid_.block, rows - i);
@@ -108,14 +136,14 @@ class Pass {
             block.channels = grid_.channels;
             block.panel_rows = grid_.block;
             block.scale = scale_;
-            block.image = image + i * grid_.channels;
-            block.text = text + j * grid_.channels;
-            block.text_panels = text_panels ? text_panels + j * grid_.channels : nullptr;
-            block.image_panels = image_panels ? image_panels + i * grid_.channels : nullptr;
+            block.image = image + image_at;
+            block.text = text + text_at;
+            block.text_panels = text_panels ? text_panels + text_at : nullptr;
+            block.image_panels = image_panels ? image_panels + image_at : nullptr;
             block.image_labels = data_of<int32_t>(image_labels_) + row + i;
             block.text_labels = data_of<int32_t>(text_labels_) + column + j;
             block.may_match = image_ranges_.meets(row + i, text_ranges_, column + j);
-            work(block, row + i, column + j, scratch->data());
+            work(block, row + i, column + j, worker->scratch());
           };
         });
       }
@@ -123,13 +151,17 @@ class Pass {
   }
 
  private:
-  // Rows [first, first + count) in the forms that are asked for.
+  // Rows [first, first + count) in the forms that are asked for: of images `rows`, of texts `columns`, and panels.
   void pack(const Features<T>& from, int64_t first, int64_t count, S* rows, S* columns, S* panels) const {
     for_each_task((count + grid_.block - 1) / grid_.block, [&] {
-      const auto scratch = std::make_shared<Scratch<S>>(XRAY_CALL_VARIANT(packing_scratch<S>, grid_.channels));
+      const auto scratch = std::make_shared<Scratch<S>>(packing_numbers<T>(grid_.channels, grid_.by_tiles));
       return [&, scratch](int64_t number) {
-        const int64_t at = number * grid_.block, here = std::min(grid_.block, count - at), to = at * grid_.channels;
+        const int64_t at = number * grid_.block, here = std::min(grid_.block, count - at), to = number * grid_.packed;
         const T* source = from.at(first + at);
+        XRAY_IF_TILES(
+            T, if (grid_.by_tiles) return (rows ? amx::pack_images : amx::pack_texts)(
+                   (rows ? rows : columns) + to, panels ? panels + to : nullptr, grid_.block, source, from.row, here,
+                   grid_.features, scratch->data()));
         if (rows)
           XRAY_CALL_VARIANT(
               pack_rows<T>, rows + to, grid_.channels, round_up(here, 16), source, from.row, here, grid_.features,
@@ -154,13 +186,16 @@ class Pass {
 };
 
 // Sums of the gradients of one side's features: the result itself where that has whole vectors of the sums' dtype.
+// Kernels for tiles keep these in tiles, the texts' transposed, until all are added.
 template <class T>
 class GradientSums {
  public:
   using S = WideScalar<T>;
 
-  GradientSums(const Tensor& features, bool wanted, const Grid& grid, ScalarType type)
+  GradientSums(const Tensor& features, bool is_text, bool wanted, const Grid& grid, ScalarType type)
       : result(torch::stable::new_empty(features, {0}, type)),
+        is_text_(is_text),
+        by_tiles_(grid.by_tiles),
         channels_(grid.channels),
         block_(grid.block),
         count_(wanted ? features.size(0) : 0) {
@@ -187,8 +222,10 @@ class GradientSums {
   double finish(const Features<T>& features, S factor) {
     std::vector<double> parts(blocks());
     for_each_task(blocks(), [&] {
-      return [&](int64_t number) {
+      const auto scratch = std::make_shared<Scratch<S>>(by_tiles_ ? 16 * channels_ : 0);
+      return [&, scratch](int64_t number) {
         const int64_t row = number * block_, here = std::min(block_, count_ - row), width = result.size(1);
+        XRAY_IF_TILES(T, if (by_tiles_) amx::sums_to_rows(at(row), here, channels_, is_text_, scratch->data()));
         parts[number] = XRAY_CALL_VARIANT(
             finish_rows, static_cast<U*>(result.mutable_data_ptr()) + row * width, width, at(row), channels_,
             features.at(row), features.row, here, width, factor);
@@ -207,6 +244,7 @@ class GradientSums {
   }
 
   std::optional<Tensor> sums_;
+  bool is_text_, by_tiles_;
   int64_t channels_, block_, count_;
 };
 
@@ -274,25 +312,31 @@ Tensor contrastive_pairs(Tensor image, Tensor text, Tensor logit_scale) {
     using T = decltype(type);
     using S = WideScalar<T>;
     const Features<T> images(image), texts(text);
-    const int64_t features = image.size(1), channels = XRAY_CALL_VARIANT(whole_vectors<S>, features);
+    const int64_t features = image.size(1), count = images.count;
+    const bool by_tiles = is_by_tiles<T>(count);
+    const int64_t channels = packed_channels<T>(features, by_tiles);
     constexpr int64_t few = 16;
-    for_each_task((images.count + few - 1) / few, [&] {
-      const int64_t packed = few * channels, packing = XRAY_CALL_VARIANT(packing_scratch<S>, channels);
-      const auto scratch = std::make_shared<Scratch<S>>(2 * packed + packing + few * (kBlockStride));
+    for_each_task((count + few - 1) / few, [&] {
+      const int64_t packed = packed_block(few, channels, by_tiles), packing = packing_numbers<T>(channels, by_tiles);
+      const auto worker = std::make_shared<Worker<T>>(2 * packed + packing + block_scratch(few, by_tiles));
       return [=, &images, &texts, &result](int64_t number) {
-        const int64_t first = number * few, count = std::min(few, images.count - first);
-        S *rows = scratch->data(), *columns = rows + packed, *tile = columns + packed;
-        XRAY_CALL_VARIANT(pack_rows<T>, rows, channels, few, images.at(first), images.row, count, features, S(1));
-        XRAY_CALL_VARIANT(pack_columns<T>, columns, texts.at(first), texts.row, count, features, channels, tile);
+        const int64_t first = number * few, here = std::min(few, count - first);
+        S *rows = worker->scratch(), *columns = rows + packed, *unpacked = columns + packed, *tile = unpacked + packing;
         LogitBlock<S> block{};
-        block.rows = block.columns = count;
+        block.rows = block.columns = here;
         block.channels = channels;
+        block.panel_rows = few;
         block.image = rows;
         block.text = columns;
         block.scale = S(scale);
-        XRAY_CALL_VARIANT(compute_logits<S>, block, tile);
         S* to = static_cast<S*>(result.mutable_data_ptr()) + first;
-        for (int64_t i = 0; i < count; ++i) to[i] = tile[i * (kBlockStride) + i];
+        XRAY_IF_TILES(
+            T, if (by_tiles) return amx::compute_pairs(
+                   block, to, images.at(first), images.row, texts.at(first), texts.row, features, unpacked, tile));
+        XRAY_CALL_VARIANT(pack_rows<T>, rows, channels, few, images.at(first), images.row, here, features, S(1));
+        XRAY_CALL_VARIANT(pack_columns<T>, columns, texts.at(first), texts.row, here, features, channels, unpacked);
+        XRAY_CALL_VARIANT(compute_logits<S>, block, tile);
+        for (int64_t i = 0; i < here; ++i) to[i] = tile[i * (kBlockStride) + i];
       };
     });
   });
@@ -328,6 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistic
       block.kept_row = num_texts;
       block.kept_count = std::clamp<int64_t>(kept_rows - row, 0, block.rows);
       if (block.kept_count) block.kept = data_of<S>(kept) + row * num_texts + column;
+      XRAY_IF_TILES(T, if (pass.grid().by_tiles) return amx::forward_block(block, to, scratch));
       XRAY_CALL_VARIANT(forward_block<S>, block, to, scratch);
     });
     results = {
@@ -358,8 +403,8 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_statistics_backward(
     const SideNumbers<S> rows(row_lse, grad_row, "row_lse"), columns(column_lse, grad_column, "column_lse");
     const double* from = static_cast<const double*>(grad_positive.const_data_ptr());
     const std::vector<S> positive(from, from + image.size(0));
-    GradientSums<T> image_sums(image, image_grad, pass.grid(), image.scalar_type());
-    GradientSums<T> text_sums(text, text_grad, pass.grid(), text.scalar_type());
+    GradientSums<T> image_sums(image, false, image_grad, pass.grid(), image.scalar_type());
+    GradientSums<T> text_sums(text, true, text_grad, pass.grid(), text.scalar_type());
     if (image_grad || text_grad)
       pass.run([&](LogitBlock<S>& block, int64_t row, int64_t column, S* scratch) {
         block.kept_row = text.size(0);
@@ -367,6 +412,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_statistics_backward(
           block.kept = const_cast<S*>(data_of<S>(std::as_const(kept))) + row * block.kept_row + column;
         const SoftmaxGradient<S> in{rows.at(row), columns.at(column), positive.data() + row};
         const FeatureGradients<S> to{image_sums.at(row), text_sums.at(column)};
+        XRAY_IF_TILES(T, if (pass.grid().by_tiles) return amx::backward_block(block, in, to, scratch));
         XRAY_CALL_VARIANT(backward_block<S>, block, in, to, scratch);
       });
     const double grad_scale = image_sums.template finish<T>(Features<T>(image), S(scale));
@@ -387,8 +433,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contr
     using T = decltype(type);
     using S = WideScalar<T>;
     Pass<T> pass(image, text, scale, image_labels, text_labels, image_grad, text_grad, workspace_bytes);
-    GradientSums<T> image_sums(image, image_grad, pass.grid(), wide_type(image));
-    GradientSums<T> text_sums(text, text_grad, pass.grid(), wide_type(text));
+    GradientSums<T> image_sums(image, false, image_grad, pass.grid(), wide_type(image));
+    GradientSums<T> text_sums(text, true, text_grad, pass.grid(), wide_type(text));
     Ranks<S> ranks(image_pairs, text_pairs);
     const int64_t block_rows = (image.size(0) + pass.grid().block - 1) / pass.grid().block;
     std::vector<double> totals(block_rows), grad_biases(block_rows);  // by rows, whose blocks come in order
@@ -396,6 +442,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contr
       const int64_t number = row / pass.grid().block;
       const Sigmoid<S> in{S(bias), &totals[number], &grad_biases[number], ranks.at(row, column)};
       const FeatureGradients<S> to{image_sums.at(row), text_sums.at(column)};
+      XRAY_IF_TILES(T, if (pass.grid().by_tiles) return amx::sigmoid_block(block, in, to, scratch));
       XRAY_CALL_VARIANT(sigmoid_block<S>, block, in, to, scratch);
     });
     double total = 0, grad_bias = 0;

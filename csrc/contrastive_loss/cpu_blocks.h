@@ -10,9 +10,24 @@ namespace xray {
 constexpr int64_t kMostBlock = 240;
 constexpr int64_t kBlockStride = kMostBlock + 8;  // of its rows: not a multiple of 1 KiB, which would share cache sets
 
-// Numbers of scratch of a thread that computes blocks: two of them, and two for each row.
-inline int64_t block_scratch(int64_t block) {
-  return 2 * block * (kBlockStride + 1);
+inline int64_t round_up(int64_t value, int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+// A block is computed whole by vectors; by tiles in bands of so many rows, each used before the next.
+constexpr int64_t kBand = 32;
+
+// Numbers of scratch of a thread that computes blocks: two of them, and two for each row; by tiles two bands and two
+// for each of their rows, the sums of a band, and the gradients of the block's logits in two forms of bfloat16.
+inline int64_t block_scratch(int64_t block, bool by_tiles) {
+  if (!by_tiles) return 2 * block * (kBlockStride + 1);
+  const int64_t band = block < kBand ? block : kBand;
+  return 2 * band * (kBlockStride + 1) + kBand * block + block * round_up(block, kBand);
+}
+
+// Numbers of a packed block of features; for tiles in bfloat16, of which two are a number.
+inline int64_t packed_block(int64_t block, int64_t channels, bool by_tiles) {
+  return by_tiles ? round_up(block, kBand) * channels / 2 : block * channels;
 }
 
 // The two packed forms that a block of features may be needed in: for logits, and (block, channels) in panels for the

@@ -12,10 +12,6 @@
 
 namespace xray {
 
-inline int64_t round_up(int64_t value, int64_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
-
 // Runs work(row, column) for each pair of `rows` x `columns`, so that pairs of one row, and of one column, come one
 // after another in an order that depends on nothing else: sums over either need no copy for each thread and no atomic
 // addition, and are the same however many threads there are. Pairs are taken along diagonals, where neighbours have
@@ -43,28 +39,30 @@ void for_each_pair(int64_t rows, int64_t columns, int64_t most_threads, F&& make
 
 // How logits are cut for a workspace of so many bytes.
 struct Grid {
-  int64_t rows, columns, features, channels;  // channels: features, padded to whole vectors
+  int64_t rows, columns, features, channels;  // channels: features, padded to whole vectors or tiles
   int64_t block;                              // rows and columns of a block
+  int64_t packed;                             // numbers of a packed block
   int64_t panel;                              // rows, and columns, that are packed at a time: whole blocks
   int64_t threads;                            // at most
+  bool by_tiles;
 };
 
-// `copies` packed forms of features are needed, images' and texts' together. Blocks are as large as the workspace
-// allows, but small enough that there are two diagonals' worth for each thread.
+// `copies` packed forms of features are needed, images' and texts' together; they take three quarters of the workspace.
+// Only the number of threads depends on how many there are: results do not.
 template <class S>
 Grid make_grid(
-    int64_t rows, int64_t columns, int64_t features, int64_t channels, int64_t copies, int64_t workspace_bytes) {
-  const int64_t available = torch::stable::get_num_threads(), longest = std::max(rows, columns);
-  const int64_t budget = workspace_bytes / int64_t(sizeof(S));
-  Grid grid{rows, columns, features, channels, 0, 0, 0};
+    int64_t rows, int64_t columns, int64_t features, int64_t channels, bool by_tiles, int64_t copies,
+    int64_t workspace_bytes) {
+  const int64_t longest = std::max(rows, columns), quarter = workspace_bytes / int64_t(4 * sizeof(S));
+  Grid grid{rows, columns, features, channels, 0, 0, 0, 0, by_tiles};
   for (const int64_t block : {kMostBlock, int64_t(96), int64_t(48), int64_t(16)}) {
-    if (block > 96 && (longest + block - 1) / block < 2 * available) continue;
-    const int64_t scratch = block_scratch(block), packed = copies * channels;
+    if (block > 96 && longest < 16 * block) continue;  // some blocks for each of a few threads
+    const int64_t scratch = block_scratch(block, by_tiles);
     grid.block = block;
-    grid.threads = std::clamp<int64_t>((budget - block * packed) / scratch, 1, available);
-    const int64_t left = (budget - grid.threads * scratch) / packed / block * block;
-    grid.panel = std::clamp(left, block, round_up(longest, block));
-    if (scratch + block * packed <= budget) break;
+    grid.packed = packed_block(block, channels, by_tiles);
+    grid.panel = std::clamp(3 * quarter / (copies * grid.packed) * block, block, round_up(longest, block));
+    grid.threads = std::max<int64_t>(1, quarter / scratch);
+    if (copies * grid.packed <= 3 * quarter && scratch <= quarter) break;
   }
   return grid;
 }

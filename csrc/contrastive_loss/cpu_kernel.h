@@ -174,14 +174,13 @@ XRAY_INLINE void merge(S* top, S* sum, V part_top, V part_sum) {
   store(sum, total);
 }
 
-// Adds a block's logits to the statistics.
+// Adds a block's logits to the statistics; `tops` is scratch, two numbers for each row.
 template <class S>
-static void forward_block(const xray::LogitBlock<S>& b, const xray::Statistics<S>& to, S* scratch) {
+static void add_statistics(const xray::LogitBlock<S>& b, const xray::Statistics<S>& to, S* tile, S* tops) {
   using V = typename Wide<S>::Vector;
   constexpr int64_t L = lanes<S>;
   const int64_t width = vectors_of<S>(b.columns);
-  S *tile = scratch, *tops = tile + b.panel_rows * xray::kBlockStride, *sums = tops + b.panel_rows;
-  compute_logits(b, tile);
+  S* sums = tops + vectors_of<S>(b.rows);
   if (b.kept)
     for (int64_t i = 0; i < b.kept_count; ++i)
       memcpy(b.kept + i * b.kept_row, tile + i * xray::kBlockStride, b.columns * sizeof(S));
@@ -214,16 +213,22 @@ static void forward_block(const xray::LogitBlock<S>& b, const xray::Statistics<S
 }
 
 template <class S>
-static void backward_block(
-    const xray::LogitBlock<S>& b, const xray::SoftmaxGradient<S>& in, const xray::FeatureGradients<S>& to, S* scratch) {
+static void forward_block(const xray::LogitBlock<S>& b, const xray::Statistics<S>& to, S* scratch) {
+  compute_logits(b, scratch);
+  add_statistics(b, to, scratch, scratch + b.panel_rows * xray::kBlockStride);
+}
+
+// The logits that were kept.
+template <class S>
+static void copy_kept(const xray::LogitBlock<S>& b, S* tile) {
+  for (int64_t i = 0; i < b.rows; ++i)
+    memcpy(tile + i * xray::kBlockStride, b.kept + i * b.kept_row, b.columns * sizeof(S));
+}
+
+// Logits become their gradients.
+template <class S>
+static void softmax_gradient(const xray::LogitBlock<S>& b, const xray::SoftmaxGradient<S>& in, S* tile) {
   using V = typename Wide<S>::Vector;
-  S *tile = scratch, *turned = tile + b.panel_rows * xray::kBlockStride;
-  if (b.kept) {
-    for (int64_t i = 0; i < b.rows; ++i)
-      memcpy(tile + i * xray::kBlockStride, b.kept + i * b.kept_row, b.columns * sizeof(S));
-  } else {
-    compute_logits(b, tile);
-  }
   for (int64_t i = 0; i < b.rows; ++i) {
     S* row = tile + i * xray::kBlockStride;
     const S high = in.row.high[i], low = in.row.low[i], weight = in.row.weight[i];
@@ -235,7 +240,18 @@ static void backward_block(
     }
   }
   for_each_match(b, [&](int64_t i, int64_t j) XRAY_LAMBDA { tile[i * xray::kBlockStride + j] += in.positive[i]; });
-  add_gradients(b, to, tile, turned);
+}
+
+template <class S>
+static void backward_block(
+    const xray::LogitBlock<S>& b, const xray::SoftmaxGradient<S>& in, const xray::FeatureGradients<S>& to, S* scratch) {
+  if (b.kept) {
+    copy_kept(b, scratch);
+  } else {
+    compute_logits(b, scratch);
+  }
+  softmax_gradient(b, in, scratch);
+  add_gradients(b, to, scratch, scratch + b.panel_rows * xray::kBlockStride);
 }
 
 // ---- the sigmoid loss ----
@@ -259,17 +275,15 @@ XRAY_INLINE Double log1p_of(Double x) {
   return load(at);
 }
 
-// Adds -log sigmoid(z x), x = logit + bias, and its gradients; z = 1 for positives, -1 for all others.
+// Adds -log sigmoid(z x), x = logit + bias; z = 1 for positives, -1 for all others. Logits become their gradients.
+// `positives` is scratch as large.
 template <class S>
-static void sigmoid_block(
-    const xray::LogitBlock<S>& b, const xray::Sigmoid<S>& in, const xray::FeatureGradients<S>& to, S* scratch) {
+static void sigmoid_gradient(const xray::LogitBlock<S>& b, const xray::Sigmoid<S>& in, S* tile, S* positives) {
   using V = typename Wide<S>::Vector;
-  S *tile = scratch, *turned = tile + b.panel_rows * xray::kBlockStride;
-  compute_logits(b, tile);
   count_ranks(b, in.ranks, tile);
-  // Positives are left out of the vectors as -infinity, whose loss and gradient are 0, and waits in `turned`.
+  // Positives are left out of the vectors as -infinity, whose loss and gradient are 0, and wait.
   for_each_match(b, [&](int64_t i, int64_t j) XRAY_LAMBDA {
-    turned[i * xray::kBlockStride + j] = tile[i * xray::kBlockStride + j];
+    positives[i * xray::kBlockStride + j] = tile[i * xray::kBlockStride + j];
     tile[i * xray::kBlockStride + j] = S(-__builtin_inf());
   });
   double total = 0, grad_bias = 0;
@@ -290,7 +304,7 @@ static void sigmoid_block(
     grad_bias += sum_lanes<S>(sum);
   }
   for_each_match(b, [&](int64_t i, int64_t j) XRAY_LAMBDA {
-    const double x = double(turned[i * xray::kBlockStride + j]) + double(in.bias), e = exp(x < 0 ? x : -x);
+    const double x = double(positives[i * xray::kBlockStride + j]) + double(in.bias), e = exp(x < 0 ? x : -x);
     const double grad = -(x < 0 ? 1 : e) / (1 + e);
     total += (x < 0 ? -x : 0) + log1p(e);
     grad_bias += grad;
@@ -298,7 +312,15 @@ static void sigmoid_block(
   });
   *in.total += total;
   *in.grad_bias += grad_bias;
-  if (to.image || to.text) add_gradients(b, to, tile, turned);
+}
+
+template <class S>
+static void sigmoid_block(
+    const xray::LogitBlock<S>& b, const xray::Sigmoid<S>& in, const xray::FeatureGradients<S>& to, S* scratch) {
+  S* turned = scratch + b.panel_rows * xray::kBlockStride;
+  compute_logits(b, scratch);
+  sigmoid_gradient(b, in, scratch, turned);
+  if (to.image || to.text) add_gradients(b, to, scratch, turned);
 }
 
 // ---- whole rows ----
