@@ -7,7 +7,7 @@ machine that has AVX-512 all tests run on it as well.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPE
 OPS = ("contrastive_pairs", "contrastive_statistics", "contrastive_statistics_backward", "sigmoid_contrastive")
 BOTH = pytest.mark.parametrize("level", [AVX512, AMX])
 AMPLE = 2**28
+LOSSES: tuple[Callable[..., tuple[Tensor, ...]], ...] = (
+    lambda image, text, labels: clip_loss_with_ranks(image, text, 8.0, labels=labels),
+    lambda image, text, labels: siglip_loss_with_ranks(image, text, 8.0, -2.0, labels=labels),
+)
 
 
 @pytest.fixture(scope="session")
@@ -55,13 +59,24 @@ def test_every_case(spec: OpSpec, case: Case, emulate: SetLevel) -> None:
 
 
 @BOTH
-def test_samples_of_the_check_before_use(level: int, emulate: SetLevel) -> None:
-    """What `check_tiles` compares at import must agree, or AMX would not be used where it works."""
+@pytest.mark.parametrize("name", OPS)
+def test_samples_of_the_check_before_use(name: str, level: int, emulate: SetLevel) -> None:
+    """What `check_tiles` compares at import agrees, or AMX would not be used where it works; what is wrong does not."""
     emulate(level)
-    for name in OPS:
-        for args in samples(name, torch.bfloat16, torch.device("cpu")):
-            function = getattr(torch.ops.xray_kernels, name).default
-            assert _library.compare(function, args, _library.REFERENCES[name]) is None
+    function, reference = getattr(torch.ops.xray_kernels, name).default, _library.REFERENCES[name]
+    for args in samples(name, torch.bfloat16, torch.device("cpu")):
+        assert _library.compare(function, args, reference) is None
+        if name == "contrastive_pairs":
+            assert _library.compare(lambda *args: function(*args) * 1.01, args, reference)
+            continue
+        for wrong in range(len(reference(*args))):
+
+            def spoilt(*args: Any, wrong: int = wrong) -> tuple[Tensor, ...]:
+                found = list(function(*args))
+                found[wrong] = found[wrong] * 1.05 if found[wrong].is_floating_point() else found[wrong] + 1
+                return tuple(found)
+
+            assert _library.compare(spoilt, args, reference), f"output {wrong} of {name}"
 
 
 # ---- the ops, by the whole matrix ----
@@ -109,10 +124,9 @@ def assert_close(got: Tensor, truth: Tensor, allowed: Tensor | float, what: str)
     assert (error <= allowed).all(), f"{what}: error {float(error.max()):.3g}, {float(truth.abs().max()):.3g} at most"
 
 
-def assert_gradients(
-    p: Problem, grad: Tensor, grad_image: Tensor, grad_text: Tensor, grad_scale: Tensor, what: str
-) -> None:
+def assert_gradients(p: Problem, grad: Tensor, found: Sequence[Tensor], what: str) -> None:
     """By the gradient of the logits in float64; each of its numbers may have been rounded to bfloat16."""
+    grad_image, grad_text, grad_scale = found
     image, text, eps = p.image.double(), p.text.double(), 2**-8 if p.image.dtype == torch.bfloat16 else 1e-5
     for got, truth, most in (
         (grad_image, grad @ text, grad.abs() @ text.abs()),
@@ -126,7 +140,7 @@ def assert_gradients(
         assert_close(grad_scale, terms.sum(), eps * 6 * terms.norm() + 1e-4, f"{what} scale")
 
 
-def check_softmax(p: Problem, what: str, workspace: int = AMPLE, kept_rows: int = 0, width_of_kept: int = 0) -> None:
+def check_softmax(p: Problem, what: str, workspace: int = AMPLE, kept_rows: int = 0) -> None:
     logits, (n, num_texts) = p.logits, (len(p.image), len(p.text))
     pairs = (torch.randn(n), torch.randn(num_texts))
     row_lse, column_lse, positive, *ranks, kept = local.contrastive_statistics(*p.inputs, *pairs, kept_rows, workspace)
@@ -142,7 +156,7 @@ def check_softmax(p: Problem, what: str, workspace: int = AMPLE, kept_rows: int 
     found = local.contrastive_statistics_backward(
         *p.inputs, row_lse, column_lse, kept, *p.weights, workspace, True, True
     )
-    assert_gradients(p, grad, *found, what)
+    assert_gradients(p, grad, found, what)
 
 
 def check_sigmoid(
@@ -157,7 +171,7 @@ def check_sigmoid(
     assert_close(total, exact, 1e-6 * exact + 1e-5, f"{what} total")
     grad = -sign * torch.sigmoid(-sign * (logits + p.bias))
     assert (grad_image.numel(), grad_text.numel()) == (image_grad * p.image.numel(), text_grad * p.text.numel())
-    assert_gradients(p, grad, grad_image, grad_text, grad_scale, what)
+    assert_gradients(p, grad, (grad_image, grad_text, grad_scale), what)
     if image_grad:
         assert_close(grad_bias, grad.sum(), 1e-6 * grad.abs().sum() + 1e-5, f"{what} bias")
     for got, truth in zip(ranks, p.ranks(logits, *pairs), strict=True):
@@ -205,20 +219,14 @@ def test_blocks_of_every_size(
     emulate(level)
     p, what = problem(n, num_texts, 24), f"{n} x {num_texts} in blocks of {block} level {level}"
     tiles, other = -(-n // 16), -(-num_texts // 16)
-    before = products(request)
+    is_counted = level == AMX and request.node.callspec.params["emulate"] == "emulated"
+    products = request.getfixturevalue("library").emulated_products if is_counted else lambda: 0
+    before = products()
     check_softmax(p, what, workspace)
     gradients = 2 * tiles * steps(num_texts, block) + 2 * other * steps(n, block)
-    if before is not None and level == AMX:
-        assert products(request) - before == 2 * tiles * other + gradients
+    assert not is_counted or products() - before == 2 * tiles * other + gradients
     check_sigmoid(p, what, workspace)
-    if before is not None and level == AMX:
-        assert products(request) - before == 3 * tiles * other + 2 * gradients
-
-
-def products(request: pytest.FixtureRequest) -> int | None:
-    """How many products tiles have made, None on hardware, which does not count them."""
-    is_emulated = request.node.callspec.params["emulate"] == "emulated"
-    return request.getfixturevalue("library").emulated_products() if is_emulated else None
+    assert not is_counted or products() - before == 3 * tiles * other + 2 * gradients
 
 
 @BOTH
@@ -248,7 +256,9 @@ def test_kept_logits(kept_rows: int, level: int, emulate: SetLevel) -> None:
     whole = 130 if kept_rows == 130 else kept_rows // 96 * 96
     grad = 2 * p.logits.exp()
     grad[:whole] = 0
-    assert_gradients(p, grad, *found[:2], found[2] if whole == 0 else (grad * p.logits / p.scale).sum(), "kept")
+    # what was kept is not what the scale's gradient would come from
+    scale = found[2] if whole == 0 else (grad * p.logits / p.scale).sum()
+    assert_gradients(p, grad, (*found[:2], scale), "kept")
 
 
 @BOTH
@@ -308,11 +318,11 @@ def test_reads_nothing_past_its_inputs(width: int, level: int, emulate: SetLevel
         p = problem(n, n, width)
         inputs = [before_a_guard(value) for value in (p.image, p.text)]
         labels = before_a_guard(p.image_labels.long())
-        for function, more in ((clip_loss_with_ranks, ()), (siglip_loss_with_ranks, (-2.0,))):
+        for function in LOSSES:
             leaves = [value.detach().requires_grad_() for value in inputs]
-            loss, *ranks = function(*leaves, 8.0, *more, labels=labels)
+            loss, *ranks = function(*leaves, labels)
             plain = [value.detach().requires_grad_() for value in (p.image, p.text)]
-            again, *others = function(*plain, 8.0, *more, labels=p.image_labels.long())
+            again, *others = function(*plain, p.image_labels.long())
             grads = [torch.autograd.grad(value, of) for value, of in ((loss, leaves), (again, plain))]
             assert torch.equal(loss, again)
             assert all(torch.equal(a, b) for a, b in zip((*ranks, *grads[0]), (*others, *grads[1]), strict=True))
@@ -364,9 +374,5 @@ def test_tiles_serve_bfloat16_on_amx_only(library: ctypes.CDLL) -> None:
             set_level(level)
             for name in OPS:
                 before = library.emulated_products()
-                results_of(name, dtype)
+                getattr(torch.ops.xray_kernels, name)(*next(samples(name, dtype, torch.device("cpu"))))
                 assert (library.emulated_products() > before) == (level == AMX and dtype == torch.bfloat16), name
-
-
-def results_of(name: str, dtype: torch.dtype) -> Any:
-    return getattr(torch.ops.xray_kernels, name)(*next(samples(name, dtype, torch.device("cpu"))))

@@ -9,8 +9,8 @@
 //   dT^T += I^T dS    left: I^T.          right: two rows of dS in pairs
 // dS leaves the arithmetic as rows of images, which serve both, so no N^2 data is ever turned. Features are turned once
 // a panel; the sums dT^T once at the end, 16 texts at a time in place. dT = dS^T I instead would turn dS, 240 x 240
-// numbers for each block, to spare turning 240 x D once. Operands of products are bfloat16, so dS is rounded to it, of
-// which float32's range is kept; what is summed and all between the products is float32. Fewer than 16 images, which do
+// numbers for each block, to spare turning 240 x D once. Operands of products are bfloat16, so dS is rounded to it, with
+// float32's range; what is summed and all between the products is float32. Fewer than 16 images, which do
 // not fill a tile, are left to vectors in float32.
 //
 // A block is computed in bands of 32 images: their logits, tiles of 30 KiB, are scaled on the way to dense rows, where
@@ -19,18 +19,20 @@
 // which a band's images (16 KiB), two stripes of texts and four sums stay in the first-level cache: of the four loads
 // for four products two come from there and two from the second level, 32 bytes a cycle.
 //
-// Counts for 16 x 16 logits at D = 512. Products of 16 cycles: S 16, each gradient 16 (a band's 240 texts are padded to
-// 256: 17.1), so 256 cycles forward and 802 backward, 546 with kept logits. Tiles loaded or stored for each product:
-// one of operands, 1/4 for S and 1/4 for a gradient of sums. Vectors of 16 logits, 16 of them: 3 instructions each for
-// rows of scaled logits; forward two exponentials of about 12, maxima and sums, 30 in all; backward 32 for both
-// softmaxes and 4 for both forms of dS. At two instructions a cycle forward 264 cycles beside 256 of products, backward
-// 312 beside 802. By the specification the forward pass would thus reach half of a product's rate. But a bare loop of
-// loads and products makes 840-950 GFLOP/s on two cores of a Sapphire Rapids, a third of the specification, and torch's
-// bf16 products 600-690: against such products the arithmetic is a fifth to a quarter of the forward pass and a tenth
-// of the backward pass, so that either is expected to come out near torch's product alone, above 60% of it in any case.
+// Counts for 16 x 16 logits at D = 512. Products of 16 cycles: S 16, each gradient 16 (240 terms are padded to 256:
+// 17.1), so 256 cycles forward and 802 backward, 546 with kept logits. Tiles loaded or stored for each product: one of
+// operands, 1/5 of sums for S and 1/4 for a gradient. Arithmetic, 16 vectors: forward 44 instructions each (3 to scale
+// logits, 36 for two exponentials, the rest maxima and sums), backward 49 (3, 41 for both softmaxes, 5 for both forms
+// of dS); at two a cycle 350 and 390 cycles.
 //
-// Not built: forms of dS from the registers that compute it (without rows in between) would spare 6 of 39 instructions
-// of the backward pass, and make its arithmetic a second copy of that of cpu_kernel.h.
+// Expected rate: a bare loop of loads and products makes 840-950 GFLOP/s on two cores of a Sapphire Rapids, torch's
+// bf16 products 600-690. By that loop 16 x 16 logits of S take 0.29 microseconds of two threads, and their arithmetic
+// 0.07 at 2.5 GHz, 0.14 where both share a core: together 610-730 GFLOP/s forward, and 3.13 products' worth beside
+// 0.08-0.16 of arithmetic 730-800 backward. So either should come out near torch's product alone, and above 60% of it
+// even if operands from the second level make the products take half as long again.
+//
+// Not built: both forms of dS from the registers that compute it, without rows in between, would spare 2 of 49
+// instructions of the backward pass, and make its arithmetic a second copy of that of cpu_kernel.h.
 
 #include "common/amx_product.h"
 

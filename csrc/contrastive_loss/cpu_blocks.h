@@ -25,13 +25,14 @@ inline int64_t block_scratch(int64_t block, bool by_tiles) {
   return 2 * band * (kBlockStride + 1) + kBand * block + block * round_up(block, kBand);
 }
 
-// Numbers of a packed block of features; for tiles in bfloat16, of which two are a number.
+// Numbers of a packed block of features; for tiles in bfloat16, of which two are a number, and in whole steps of a
+// product.
 inline int64_t packed_block(int64_t block, int64_t channels, bool by_tiles) {
   return by_tiles ? round_up(block, kBand) * channels / 2 : block * channels;
 }
 
 // The two packed forms that a block of features may be needed in: for logits, and (block, channels) in panels for the
-// gradient of the other side.
+// gradient of the other side. What they are the kernels know: here floats or doubles are room.
 template <class S>
 struct LogitBlock {
   int64_t rows, columns, channels;  // of features, as packed
