@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -33,18 +33,17 @@ class Terms(NamedTuple):
     gradients: int
 
 
-_GRADIENTS = ("nothing", "no text_features", "text_features")
-_SENTENCES: dict[str, tuple[str, tuple[Any, ...] | None]] = {
-    "loss": ("the loss must be the same", LOSSES),
-    "rows": ("image_features must have the same number of rows", None),
-    "columns": ("image_features must have the same number of columns", None),
-    "dtype": ("image_features must have the same dtype", FLOAT_DTYPES),
-    "exchange": ("exchange must be the same", EXCHANGES),
-    "labels": ("labels must be given alike", ("none", "labels")),
-    "with_ranks": ("the loss must be asked for ranks of pairs alike", ("no", "yes")),
-    "gradients": ("gradients must be wanted alike", _GRADIENTS),
+_TERMS: dict[str, tuple[str, tuple[Any, ...] | None]] = {
+    "loss": ("the loss", LOSSES),
+    "rows": ("the number of rows of image_features", None),
+    "columns": ("the number of columns of image_features", None),
+    "dtype": ("the dtype of image_features", FLOAT_DTYPES),
+    "exchange": ("exchange", EXCHANGES),
+    "labels": ("whether labels are given", ("no", "yes")),
+    "with_ranks": ("whether ranks of pairs are asked for", ("no", "yes")),
+    "gradients": ("what requires a gradient", ("nothing", "not text_features", "text_features")),
 }
-"""What is wrong where ranks differ in a term, and what its numbers stand for; None is the number itself."""
+"""How a message calls a term, and what its numbers stand for; None is the number itself."""
 _NO_OPINION = -(2**62)
 """What a rank that failed contributes for a term: less than any value and than the negative of any."""
 _agreed: weakref.WeakKeyDictionary[Any, tuple[Terms, Tensor]] = weakref.WeakKeyDictionary()
@@ -99,7 +98,8 @@ def failing_together(group: Any) -> Iterator[None]:
         reduced = torch.tensor(
             [_NO_OPINION] * (2 * len(Terms._fields)) + [dist.get_rank(group) + 1], device=_agreement_device(group)
         )
-        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=group)
+        with suppress(RuntimeError):  # where others have ended, what matters is still this rank's own error
+            dist.all_reduce(reduced, dist.ReduceOp.MAX, group=group)
         raise
 
 
@@ -116,13 +116,12 @@ def agree(terms: Terms, group: Any) -> None:
     exchange until that process ends. Nothing can reach them there: what they do not read back cannot stop them.
     """
     device = _agreement_device(group)
-    on_host = device.type == "cpu"
     last, sent = _agreed.get(group, (None, None))
     if sent is None or last != terms:
         sent = torch.tensor([*terms, *(-term for term in terms), 0], device=device)
     reduced = sent.clone()
     dist.all_reduce(reduced, dist.ReduceOp.MAX, group=group)
-    if not on_host and last == terms:
+    if last == terms and not _is_read(device):
         return
     *bounds, failed = reduced.tolist()
     rank = dist.get_rank(group)
@@ -134,10 +133,10 @@ def agree(terms: Terms, group: Any) -> None:
         Terms._fields, terms, bounds[: len(terms)], bounds[len(terms) :], strict=True
     ):
         if most != -negative:
-            sentence, names = _SENTENCES[name]
+            what, names = _TERMS[name]
             other = -negative if mine == most else most
             mine, other = (value if names is None else names[value] for value in (mine, other))
-            raise ValueError(f"{sentence} on every rank, got {mine} on rank {rank} and {other} on another")
+            raise ValueError(f"{what} must be the same on every rank, got {mine} on rank {rank} and {other} on another")
     _agreed[group] = (terms, sent)
 
 
@@ -149,6 +148,11 @@ def _devices(group: Any) -> list[str]:
 def _agreement_device(group: Any) -> torch.device:
     devices = _devices(group)
     return torch.device("cpu" if "cpu" in devices else devices[0])
+
+
+def _is_read(device: torch.device) -> bool:
+    """Whether every agreement on this device is read: where that waits for nothing but the other ranks."""
+    return device.type == "cpu"
 
 
 def all_gather(value: Tensor, group: Any) -> Tensor:
