@@ -8,8 +8,8 @@ Row i of the images and row i of the texts belong together; rows with equal `lab
 
 Logits are computed a tile at a time; those that fit the workspace are kept for the backward pass, the others computed
 again there. Over W ranks each computes its own n rows against all N = W n texts; row statistics are then whole,
-column statistics merge by reductions of N numbers, and the gradients of the texts are reduce-scattered: half the
-arithmetic and half the traffic of gathering both modalities.
+column statistics merge by reductions of N numbers, and texts travel out and their gradients home while other texts
+are computed: half the arithmetic and half the traffic of gathering both modalities.
 Sources: CLIP (Radford et al., 2021), figure 3; SigLIP (Zhai et al., ICCV 2023), equation 1; several positives as in
 UniCL (Yang et al., CVPR 2022), equation 3.
 """
@@ -47,14 +47,18 @@ def clip_loss(
             i and row i of `text_features` belong together.
         text_features: (n, D), same dtype and device.
         logit_scale: factor of the similarities, already exponentiated: a number above 0, or a floating tensor of
-            shape () or (1,), which gets its gradient.
+            shape () or (1,), which gets its gradient. A DTensor, such as a parameter that FSDP2 shards when it is
+            used outside of `forward`, gets in its shards the mean of the gradients over its mesh.
         labels: (n,) integers, on the same device; pairs with equal labels, such as those of one caption, are
             positives of each other, over all ranks. The target of a row is then 1/k for each of its k positives.
             None: every pair stands alone.
         group: a `torch.distributed` process group of W ranks with n pairs each, all of which must call; None
-            is the default group where torch.distributed is initialised, and one process otherwise.
-        exchange: how ranks see all texts: "all_gather", with N x D of memory, or "ring", with n x D: blocks
-            of texts travel round the ranks while the block at hand is computed. The result is the same.
+            is the default group where torch.distributed is initialised, and one process otherwise. Where it has
+            a backend for the CPU, beside an accelerator's too ("cpu:gloo,cuda:nccl"), what one rank refuses is an
+            error on all of them at every call, otherwise at the first call and where shapes change.
+        exchange: how ranks see all texts: "all_gather", with N x D of memory, or "ring", with n x D, which
+            fetches the texts again for the backward pass: 3 n D numbers sent to each other rank in all, instead
+            of 2. The result is the same.
         max_workspace_bytes: bound on what is allocated besides the features, their gradients (summed in float32)
             and a few numbers for each row and column. Logits that fit are kept for the backward pass, which then
             computes up to a quarter less.
@@ -67,7 +71,8 @@ def clip_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: a wrong type or dtype, shape or value, or device; the message
-            names it. Ranks with unequal n are a ValueError.
+            names it. Ranks whose n, D, dtype or options differ are a ValueError on each of them, as after a last
+            batch that is not full everywhere; where another rank refuses its input, RuntimeError names it.
     """
     call = Call("clip_loss", image_features, text_features, logit_scale, None, labels, exchange, max_workspace_bytes)
     return compute(call, distributed.resolve_group(group))[0]
@@ -118,9 +123,9 @@ def siglip_loss(
 
     Args:
         image_features, text_features, labels, group, exchange, max_workspace_bytes: as for `clip_loss`. The gradients
-            are computed along with the loss (3 n N D products in all), with "ring" after it (4 n N D).
+            are computed along with the loss (3 n N D products in all), in a "ring" of ranks after it (4 n N D).
         logit_scale, logit_bias: factor of the similarities, already exponentiated, and what is added to them:
-            numbers, or floating tensors of shape () or (1,), which get their gradients.
+            numbers, or floating tensors of shape () or (1,), DTensors too, which get their gradients.
 
     Returns:
         The loss, a scalar, float32 for half-precision features; over a group this rank's share, as for
