@@ -225,14 +225,14 @@ def test_settings_reach_our_modules(library: Any, monkeypatch: pytest.MonkeyPatc
     with patch.open_clip():
         for module in (ops.ClipLoss, ops.SigLipLoss):
             monkeypatch.setattr(module, "forward", lambda self, *inputs, **named: given.append(dict(vars(self))))
-        clip = create_loss(library, local_loss=True, gather_with_grad=False, rank=1, world_size=3)
-        clip.local_loss = False
+        clip = create_loss(library, local_loss=False, gather_with_grad=True, rank=1, world_size=3)
+        clip.local_loss = True
         clip(**features())
         create_loss(library, siglip=True, rank=2, world_size=3, loss_dist_impl="gather")(**features(), logit_bias=0.0)
     clip_settings, siglip_settings = (
         {name: value for name, value in one.items() if name in ARGUMENTS} for one in given
     )
-    assert clip_settings == {"local_loss": False, "gather_with_grad": False, "rank": 1, "world_size": 3}
+    assert clip_settings == {"local_loss": True, "gather_with_grad": True, "rank": 1, "world_size": 3}
     assert siglip_settings == {"rank": 2, "world_size": 3}
     assert given[1]["dist_impl"] == "gather"
 
@@ -285,6 +285,10 @@ def test_unknown_losses_are_refused(library: Any, monkeypatch: pytest.MonkeyPatc
             r"xray.patch knows those of open_clip 2\.32\.0 to 3\.3\.0, which take .*logit_bias, output_dict=False\)"
         )
         with pytest.raises(patch.PatchError, match=sentence):
+            patch.open_clip()
+    with monkeypatch.context() as changed:
+        changed.setattr(library.loss.SigLipLoss.__init__, "__defaults__", (False, 0, 1, "shift"))
+        with pytest.raises(patch.PatchError, match=r"SigLipLoss.__init__ takes \(self, .*, dist_impl='shift'\); xray"):
             patch.open_clip()
     with monkeypatch.context() as changed:
         changed.delattr(library.loss, "SigLipLoss")
