@@ -1,4 +1,5 @@
-"""The contrastive losses over three gloo processes: exact against one process, equal to open_clip's modules.
+"""The contrastive losses over three gloo processes: exact against one process, equal to open_clip's modules, and
+these equal to themselves once `xray.patch` has been at them.
 
 The processes start once and compute everything (`compute`); the tests read what each rank found.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, multiprocessing
 from torch import distributed as dist
 
 from xray.ops import ClipLoss, SigLipLoss, clip_loss, siglip_loss
+from xray.patch import replace_forward
 from xray_kernels.contrastive_loss.spec import sample_features
 
 WORLD, ROWS, WIDTH = 3, 5, 6
@@ -81,7 +83,7 @@ def compute_functions(rank: int, group: Any, member: int, name: str, dtype: torc
 
 
 def compute_modules(rank: int, source: str, clip: type, siglip: type) -> Found:
-    """ClipLoss in its four modes and SigLipLoss in its four exchanges, ours or open_clip's."""
+    """ClipLoss in its four modes and SigLipLoss in its four exchanges: ours, open_clip's, or these patched."""
     part, found = slice(rank * ROWS, (rank + 1) * ROWS), {}
     for local, gather in CLIP_MODES:
         module = clip(local_loss=local, gather_with_grad=gather, rank=rank, world_size=WORLD)
@@ -132,6 +134,9 @@ def compute(rank: int, folder: str) -> None:
     theirs = open_clip_losses()
     if theirs is not None:
         found |= compute_modules(rank, "theirs", theirs.ClipLoss, theirs.SigLipLoss)
+        replace_forward(theirs.ClipLoss, ClipLoss)
+        replace_forward(theirs.SigLipLoss, SigLipLoss)
+        found |= compute_modules(rank, "patched", theirs.ClipLoss, theirs.SigLipLoss)
     values = leaves(torch.float64, slice(rank * ROWS, (rank + 1) * ROWS))
     found["alone"] = ClipLoss(world_size=1)(*values[:3]).detach()
     found |= compute_refusals(rank, pair)
@@ -235,11 +240,18 @@ def check_equal(ours: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) 
         torch.testing.assert_close(mean, other_mean, rtol=1e-9, atol=1e-12, msg=naming(name))
 
 
+SOURCES = pytest.mark.parametrize("source", ["ours", "patched"])
+
+
+@SOURCES
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(("local", "gather"), CLIP_MODES)
-def test_clip_module_equals_open_clip(ranks: list[Found], local: bool, gather: bool, with_bias: bool) -> None:
+def test_clip_module_equals_open_clip(
+    ranks: list[Found], local: bool, gather: bool, with_bias: bool, source: str
+) -> None:
     name = f"clip {local} {gather} {with_bias}"
-    check_equal([found[f"ours {name}"] for found in ranks], theirs(ranks, name))
+    others = theirs(ranks, name)
+    check_equal([found[f"{source} {name}"] for found in ranks], others)
 
 
 def test_modes_of_the_clip_module_differ_as_documented(ranks: list[Found]) -> None:
@@ -254,10 +266,12 @@ def test_modes_of_the_clip_module_differ_as_documented(ranks: list[Found]) -> No
     assert (image_grad(True, False) - exact).abs().max() > 0.1 * exact.abs().max()
 
 
+@SOURCES
 @pytest.mark.parametrize("implementation", SIGLIP_MODES)
-def test_siglip_module_equals_open_clip(ranks: list[Found], implementation: str) -> None:
+def test_siglip_module_equals_open_clip(ranks: list[Found], implementation: str, source: str) -> None:
     name = f"siglip {implementation}"
-    check_equal([found[f"ours {name}"] for found in ranks], theirs(ranks, name))
+    others = theirs(ranks, name)
+    check_equal([found[f"{source} {name}"] for found in ranks], others)
 
 
 def test_world_size_one_stays_on_its_process(ranks: list[Found]) -> None:
