@@ -214,9 +214,9 @@ class Bench:
         start = time.perf_counter()
         run_turns(turns)
         took = time.perf_counter() - start
-        rounds = (
-            (FEW if took < 10 * LONG else 1) if took > LONG else min(max(int(SECONDS / took), ROUNDS[0]), ROUNDS[1])
-        )
+        rounds = min(max(int(SECONDS / took), ROUNDS[0]), ROUNDS[1])
+        if took > LONG:
+            rounds = FEW if took < VERY_LONG else 1
         following, entered = itertools.cycle(turns), contextlib.ExitStack()
 
         def setup() -> tuple[tuple[Callable[[], None]], dict[str, Any]]:
