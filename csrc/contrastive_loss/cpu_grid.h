@@ -49,22 +49,20 @@ struct Grid {
   int64_t threads;                            // at most
 };
 
-// `copies` packed forms of features are needed, images' and texts' together. Blocks are as large as the workspace
-// allows, but small enough that there are two diagonals' worth for each thread.
+// `copies` packed forms of features are needed, images' and texts' together; they take three quarters of the workspace.
+// Only the number of threads depends on how many there are: results do not.
 template <class S>
 Grid make_grid(
     int64_t rows, int64_t columns, int64_t features, int64_t channels, int64_t copies, int64_t workspace_bytes) {
-  const int64_t available = torch::stable::get_num_threads(), longest = std::max(rows, columns);
-  const int64_t budget = workspace_bytes / int64_t(sizeof(S));
+  const int64_t longest = std::max(rows, columns), quarter = workspace_bytes / int64_t(4 * sizeof(S));
   Grid grid{rows, columns, features, channels, 0, 0, 0};
   for (const int64_t block : {kMostBlock, int64_t(96), int64_t(48), int64_t(16)}) {
-    if (block > 96 && (longest + block - 1) / block < 2 * available) continue;
-    const int64_t scratch = block_scratch(block), packed = copies * channels;
+    if (block > 96 && longest < 16 * block) continue;  // some blocks for each of a few threads
+    const int64_t packed = copies * channels;
     grid.block = block;
-    grid.threads = std::clamp<int64_t>((budget - block * packed) / scratch, 1, available);
-    const int64_t left = (budget - grid.threads * scratch) / packed / block * block;
-    grid.panel = std::clamp(left, block, round_up(longest, block));
-    if (scratch + block * packed <= budget) break;
+    grid.panel = std::clamp(3 * quarter / packed / block * block, block, round_up(longest, block));
+    grid.threads = std::max<int64_t>(1, quarter / block_scratch(block));
+    if (block * packed <= 3 * quarter && block_scratch(block) <= quarter) break;
   }
   return grid;
 }
