@@ -209,9 +209,9 @@ class Seen(torch.autograd.Function):
 
 
 def test_autocast_around_it_holds_for_both_forward_passes_only() -> None:
-    """And no copy of a weight lives from chunk to chunk, where bfloat16 gradients would gather in it."""
     one, other, chunks = Towers().float(), Towers().float(), split_batch(batch_of(), 4)
     chunks = [{name: value.float() for name, value in chunk.items()} for chunk in chunks]
+    # Without its cache, so that a weight's gradients of several chunks add up in float32 here too.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         parts = [one(**chunk) for chunk in chunks]
         image, text = (torch.cat([part[index] for part in parts]) for index in (0, 1))
@@ -244,6 +244,14 @@ def test_outputs_that_get_no_gradient() -> None:
     cached_backward(encode, x.split(2), loss)
     expected = (2 * x.square() * x[:, :1] * (x + frozen)).sum(0)
     torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_the_loss_gets_the_last_chunks_shared_tensors() -> None:
+    x = torch.arange(4.0)[:, None]
+    _, inputs = cached_backward(
+        lambda chunk: [chunk, chunk.sum()], x.split(1), lambda features, shared: (features * shared).sum(), num_shared=1
+    )
+    assert [tensor.tolist() for tensor in inputs] == [x.tolist(), 3.0]
 
 
 def test_parameters_of_the_loss_count_once() -> None:

@@ -126,15 +126,14 @@ def cached_backward(
 
 def plain_backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> None:
     """Autograd's backward pass of scalars, or of tensors and their gradients, as it is outside of autocast."""
-    torch.clear_autocast_cache()  # its copies of weights, which the graph holds as long as it needs them
+    # Autocast keeps its copies of weights until it ends, which is after this; the graph holds those that it needs. Where
+    # pytorch/pytorch#165068 is missing, a copy made in the first pass would cut its weight off from the second.
+    torch.clear_autocast_cache()
     with torch.autocast(tensors[0].device.type, enabled=False):
         torch.autograd.backward(tensors, gradients)
 
 
 def _encode(encode: Callable[[Chunk], Sequence[Tensor]], chunk: Chunk, num_shared: int) -> list[Tensor]:
-    # Autocast keeps its copies of weights until it ends, and it holds around both passes here. In torch 2.10 a copy
-    # made without gradient would cut the weight off in the second pass (pytorch/pytorch#158232).
-    torch.clear_autocast_cache()
     outputs = list(encode(chunk))
     if not 0 <= num_shared < len(outputs):
         raise ValueError(
@@ -172,7 +171,7 @@ def _split_gradients(
     """The gradient of every chunk's outputs; None where there is none, as for shared ones but of the last chunk."""
     columns: list[Sequence[Tensor | None]] = []
     for index, tensor in enumerate(inputs):
-        gradient, tensor.grad = tensor.grad, None
+        gradient = tensor.grad
         if gradient is None:
             columns.append([None] * len(parts))
         elif index >= len(inputs) - num_shared:
@@ -225,13 +224,8 @@ def _no_reduction(modules: Sequence[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules:
             if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
-                stack.callback(_set_reduction, module, True)
-                _set_reduction(module, False)
+                stack.callback(module.set_requires_gradient_sync, True)
+                module.set_requires_gradient_sync(False)
             elif hasattr(module, "no_sync"):
                 stack.enter_context(module.no_sync())
         yield
-
-
-def _set_reduction(module: Any, wanted: bool) -> None:
-    module.set_requires_gradient_sync(wanted)
-    module.set_is_last_backward(wanted)
