@@ -76,9 +76,9 @@ def cached_backward(
         num_shared: how many of `encode`'s last tensors are not made of samples, such as a logit scale or bias.
             The loss gets the last chunk's, and they are differentiated once, with the last chunk.
         modules: the FSDP2 roots, or DDP or FSDP1 modules, that `encode` calls. Their gradients are reduced
-            once, by the last chunk; FSDP2 holds whole gradients instead of shards until then. `encode` must
-            call them by forward or by a method registered with `register_fsdp_forward_method`. Other modules
-            are left alone.
+            once, by the last chunk; until then each process holds whole gradients, of FSDP2 too, which gathers
+            weights three times a chunk. `encode` must call them by forward or by a method registered with
+            `register_fsdp_forward_method`. Other modules are left alone.
         generators: generators that `encode` draws from besides the default ones of the CPU and of the current
             accelerator device, which are always restored.
 
@@ -126,8 +126,8 @@ def cached_backward(
 
 def plain_backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> None:
     """Autograd's backward pass of scalars, or of tensors and their gradients, as it is outside of autocast."""
-    # Autocast keeps its copies of weights until it ends, which is after this; the graph holds those that it needs. Where
-    # pytorch/pytorch#165068 is missing, a copy made in the first pass would cut its weight off from the second.
+    # Autocast keeps its copies of weights until it ends, which is after this; the graph holds those that it needs.
+    # Where pytorch/pytorch#165068 is missing, a copy made in the first pass would cut its weight off from the second.
     torch.clear_autocast_cache()
     with torch.autocast(tensors[0].device.type, enabled=False):
         torch.autograd.backward(tensors, gradients)

@@ -56,6 +56,7 @@ class Recipe:
             class names of zero-shot classification, are not strange to the text encoder.
         chunk_size: samples that the encoders of a process see at a time; 0 gives them all at once. The loss and
             the gradients stay those of the whole batch; memory is that of a chunk, for one more forward pass.
+            Of several processes each then holds whole gradients instead of a shard until the last chunk.
     Running
         seed: of weights, data order, augmentation and masks.
         precision: "float32", "bfloat16" (float32 parameters and reductions, bfloat16 compute) or "auto"
