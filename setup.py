@@ -66,6 +66,7 @@ def cpu_library() -> cpp_extension.CppExtension:
             "csrc/common/capability.cpp",
             "csrc/attention/cpu.cpp",
             "csrc/attention/cpu_class_row.cpp",
+            "csrc/contrastive_loss/cpu.cpp",
             "csrc/token_reorganize/cpu.cpp",
             "csrc/token_reorganize/cpu_norm.cpp",
         ],

@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xray.ops import ClipLoss, SigLipLoss, clip_loss, clip_loss_with_ranks, siglip_loss, siglip_loss_with_ranks
+from xray.patch import replace_forward
 from xray_kernels.contrastive_loss import across_ranks, distributed, exchange, tiling
 from xray_kernels.contrastive_loss.spec import sample_features
 
 WORLD, ROWS, WIDTH = 4, 5, 6
-SCALE, BIAS = 9.0, -2.0
+SCALE, BIAS, WORKSPACE = 9.0, -2.0, 2**14
 UPSTREAM = [1.0, 0.5, 2.0, 0.25]
 """The gradient that arrives at each rank's share of the loss."""
 GROUPS = {"four": [0, 1, 2, 3], "three": [0, 2, 3], "two": [1, 3]}
@@ -43,21 +44,23 @@ Found = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """One way to call both losses: over which ranks, of what dtype, with how many texts of a rank in a part."""
+    """One way to call both losses: over which ranks, of what dtype, with how many texts of a rank in a part.
+
+    `kept_rows` of the logits have room in the workspace besides the tiles.
+    """
 
     group: str = "four"
     dtype: torch.dtype = torch.float64
     chunk_rows: int = 512
-    kept_unit: int = 256
+    kept_rows: int = ROWS
     labels: bool = False
-    workspace: int = 2**14
 
 
 SETTINGS = {
     "four ranks": Setting(),
-    "parts, some logits kept": Setting(chunk_rows=2, kept_unit=2, workspace=5_200),
+    "parts, some logits kept": Setting(chunk_rows=2, kept_rows=3),
     "labels": Setting(labels=True, chunk_rows=1),
-    "three ranks": Setting("three", chunk_rows=2),
+    "three ranks": Setting("three", chunk_rows=2, kept_rows=0),
     "two ranks": Setting("two"),
     "float32": Setting(dtype=torch.float32),
     "bfloat16": Setting(dtype=torch.bfloat16, chunk_rows=2),
@@ -107,18 +110,21 @@ def open_clip_losses() -> Any:
 
 def compute_functions(rank: int, groups: dict[str, Any]) -> Found:
     """Both losses in both exchanges in every setting; of two ranks without ranks of pairs."""
+    usual = exchange.CHUNK_ROWS, tiling.KEPT_UNIT, tiling.LEAST_TILES_BYTES
     found: Found = {}
     for name, setting in SETTINGS.items():
         members = GROUPS[setting.group]
         if rank not in members:
             continue
-        exchange.CHUNK_ROWS, tiling.KEPT_UNIT = setting.chunk_rows, setting.kept_unit
         world, member = len(members), members.index(rank)
+        exchange.CHUNK_ROWS, tiling.KEPT_UNIT = setting.chunk_rows, 1
+        kept_bytes = setting.kept_rows * world * ROWS * tiling.wide_dtype(setting.dtype).itemsize
+        tiling.LEAST_TILES_BYTES = WORKSPACE - kept_bytes
         labels = all_labels(world)[member * ROWS :][:ROWS] if setting.labels else None
         for loss, (plain, with_ranks) in LOSSES.items():
             for way in EXCHANGES:
                 values = leaves(setting.dtype, world, member)[: 3 if loss == "clip" else 4]
-                options = {"labels": labels, "exchange": way, "max_workspace_bytes": setting.workspace}
+                options = {"labels": labels, "exchange": way, "max_workspace_bytes": WORKSPACE}
                 options["group"] = groups[setting.group]
                 if setting.group == "two":
                     result, ranks = plain(*values, **options), {}
@@ -126,12 +132,12 @@ def compute_functions(rank: int, groups: dict[str, Any]) -> Found:
                     result, *both = with_ranks(*values, **options)
                     ranks = dict(zip(("image_ranks", "text_ranks"), both, strict=True))
                 found[f"{name} {loss} {way}"] = differentiate(result, values, UPSTREAM[rank]) | ranks
-    exchange.CHUNK_ROWS, tiling.KEPT_UNIT = 512, 256
+    exchange.CHUNK_ROWS, tiling.KEPT_UNIT, tiling.LEAST_TILES_BYTES = usual
     return found
 
 
 def compute_modules(rank: int, source: str, clip: type, siglip: type) -> Found:
-    """ClipLoss in its four modes and SigLipLoss in its four exchanges, ours or open_clip's."""
+    """ClipLoss in its four modes and SigLipLoss in its four exchanges: ours, open_clip's, or these patched."""
     found = {}
     for local, gather in CLIP_MODES:
         module = clip(local_loss=local, gather_with_grad=gather, rank=rank, world_size=WORLD)
@@ -396,6 +402,9 @@ def compute(rank: int, folder: str) -> None:
     theirs = open_clip_losses()
     if theirs is not None:
         add("theirs", lambda: compute_modules(rank, "theirs", theirs.ClipLoss, theirs.SigLipLoss))
+        replace_forward(theirs.ClipLoss, ClipLoss)
+        replace_forward(theirs.SigLipLoss, SigLipLoss)
+        add("patched", lambda: compute_modules(rank, "patched", theirs.ClipLoss, theirs.SigLipLoss))
     add("labelled", lambda: compute_labelled_modules(rank))
     found["alone"] = ClipLoss(world_size=1)(*leaves(torch.float64, WORLD, rank)[:3]).detach()
     add("refusals", lambda: compute_refusals(rank, groups))

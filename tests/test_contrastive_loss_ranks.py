@@ -1,4 +1,5 @@
-"""The contrastive losses over four gloo processes: exact against one process, equal to open_clip's modules, lean.
+"""The contrastive losses over four gloo processes: exact against one process, lean, equal to open_clip's modules, and
+these equal to themselves once `xray.patch` has been at them.
 
 The processes start once and compute everything (`contrastive_ranks`); the tests read what each rank found.
 """
@@ -158,11 +159,18 @@ def check_equal(ours: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) 
         torch.testing.assert_close(mean, other_mean, rtol=1e-9, atol=1e-12, msg=naming(name))
 
 
+SOURCES = pytest.mark.parametrize("source", ["ours", "patched"])
+
+
+@SOURCES
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize(("local", "gather"), CLIP_MODES)
-def test_clip_module_equals_open_clip(ranks: list[Found], local: bool, gather: bool, with_bias: bool) -> None:
+def test_clip_module_equals_open_clip(
+    ranks: list[Found], local: bool, gather: bool, with_bias: bool, source: str
+) -> None:
     name = f"clip {local} {gather} {with_bias}"
-    check_equal([found[f"ours {name}"] for found in ranks], theirs(ranks, name))
+    others = theirs(ranks, name)
+    check_equal([found[f"{source} {name}"] for found in ranks], others)
 
 
 def test_modes_of_the_clip_module_differ_as_documented(ranks: list[Found]) -> None:
@@ -177,10 +185,12 @@ def test_modes_of_the_clip_module_differ_as_documented(ranks: list[Found]) -> No
     assert (image_grad(True, False) - exact).abs().max() > 0.1 * exact.abs().max()
 
 
+@SOURCES
 @pytest.mark.parametrize("implementation", SIGLIP_MODES)
-def test_siglip_module_equals_open_clip(ranks: list[Found], implementation: str) -> None:
+def test_siglip_module_equals_open_clip(ranks: list[Found], implementation: str, source: str) -> None:
     name = f"siglip {implementation}"
-    check_equal([found[f"ours {name}"] for found in ranks], theirs(ranks, name))
+    others = theirs(ranks, name)
+    check_equal([found[f"{source} {name}"] for found in ranks], others)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip bidir", "siglip gather"])

@@ -2,25 +2,15 @@
 // Included after common/variants.h.
 #pragma once
 
-#include <atomic>
-#include <memory>
 #include <vector>
 
+#include "common/cpu_threads.h"
 #include "common/plan.h"
 #include "common/tensor.h"
 
 namespace xray {
 
 using Optional = std::optional<Tensor>;
-
-// Sums of elements of type T are kept in float32, those of float64 in float64.
-template <class T>
-using WideScalar = typename baseline::Wide<T>::Scalar;
-
-// The dtype that such sums have in tensors.
-inline ScalarType wide_type(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // One sequence: a row of the batch, or a stretch of packed tokens.
 struct Sequence {
@@ -121,36 +111,6 @@ struct Heads {
 // A new result (B, H, N, D), stored as (B, N, H, D).
 inline Tensor new_tokens(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t head_dim) {
   return torch::stable::transpose(new_result(like, {batch, length, heads, head_dim}), 1, 2);
-}
-
-// Uninitialised scratch of one thread, at a cache line's start.
-template <class S>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : memory_(new char[count * sizeof(S) + 64]) {
-  }
-  S* data() const {
-    return reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-};
-
-// Runs work(task) for all tasks. `make_work` is called once a thread, for what it needs to itself; then each takes the
-// next task that is left, so that neither unequal sequences nor a busy core leave the others waiting.
-template <class F>
-void for_each_task(int64_t tasks, F&& make_work) {
-  std::atomic<int64_t> next{0};
-  const auto threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t thread = first; thread < last; ++thread) {
-      int64_t task = next++;
-      if (task >= tasks) return;
-      auto work = make_work();
-      for (; task < tasks; task = next++) work(task);
-    }
-  });
 }
 
 // A task: one sequence of one head, and some of its queries.

@@ -6,15 +6,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/cpu_threads.h"
 #include "common/plan.h"
 #include "common/tensor.h"
 #include "token_reorganize/select.h"
 
 namespace xray {
-
-// Sums of elements of type T are kept in float32, those of float64 in float64.
-template <class T>
-using WideScalar = typename baseline::Wide<T>::Scalar;
 
 template <class T>
 WideScalar<T> widen(T value) {

@@ -14,9 +14,9 @@ OPERAND_COPIES = 2
 """Copies of a tile's rows of features: widened to float32, and one intermediate."""
 
 
-TILES_SHARE = 8
-"""One part in so many of the workspace is for tiles when logits are kept."""
-KEPT_UNIT = 256
+TILES_SHARE, LEAST_TILES_BYTES = 8, 24 * 2**20
+"""When logits are kept, one part in so many of the workspace is for tiles, or so much if that is more."""
+KEPT_UNIT = 480
 """Kept rows are a multiple of this, unless all are kept, so that kernels need not cut their tiles."""
 
 
@@ -56,7 +56,7 @@ def plan(rows: int, columns: int, width: int, dtype: torch.dtype, max_bytes: int
         return 0, max_bytes
     wide = wide_dtype(dtype)
     sums = 0 if wide == dtype else (rows + columns) * width * wide.itemsize  # of gradients, beside these themselves
-    tiles = max(max_bytes // TILES_SHARE, smallest_workspace(rows, columns, width, dtype))
+    tiles = max(max_bytes // TILES_SHARE, LEAST_TILES_BYTES)
     kept = min(max(max_bytes - tiles - sums, 0) // (columns * wide.itemsize), rows)
     if kept < rows:
         kept = kept // KEPT_UNIT * KEPT_UNIT
