@@ -35,6 +35,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from xray_kernels.contrastive_loss.exchange import Block, Homeward, Ring
 from xray_kernels.testing import assert_within_rule
 
 PATIENCE = 240
@@ -133,6 +134,23 @@ def test_ranks_equal_one_process(ranks: list[Found], name: str, loss: str, excha
         bound = 2 * ulp * float(truth[key].abs().max())
         torch.testing.assert_close(found[key].double(), truth[key], rtol=0, atol=bound, msg=naming(key))
     torch.testing.assert_close(found["loss"].double(), truth["loss"], rtol=1e-5, atol=0)
+
+
+def test_gradients_of_many_ranks_are_summed_in_float32() -> None:
+    """A gradient of 1 and 64 of 1/512 make 1.125; in bfloat16 each of these would be lost beside the 1."""
+
+    class Arrived(Ring):
+        """All gradients are this rank's already."""
+
+        def __init__(self) -> None:
+            self.rank = 0
+
+    homeward = Homeward(Arrived(), torch.zeros(2, 3, dtype=torch.bfloat16))
+    for value in (1.0, *[1 / 512] * 64):
+        grad = torch.full((1, 3), value, dtype=torch.bfloat16)
+        homeward.send(Block(grad, slice(0, 1), slice(1, 2)), grad)
+    total = torch.tensor([[0.0], [1.125]], dtype=torch.bfloat16).expand(2, 3)
+    assert torch.equal(homeward.finish(), total)
 
 
 def test_labels_occur_on_several_ranks() -> None:
