@@ -465,7 +465,7 @@ def test_a_run_in_chunks_is_the_run_without(shapes: Path, tmp_path: Path, monkey
     assert seen == [(size, with_gradient) for with_gradient in (False, True) for size in (4, 4, 2)] * 4
     for one, other in zip(lines(chunks), lines(whole), strict=True):
         assert one.keys() == other.keys()
-        for key in ("loss", "grad_norm", "accuracy", "logit_scale", "keep_rate", "lr"):
+        for key in ("loss", "grad_norm", "top1", "text_to_image_rank", "logit_scale", "keep_rate", "lr"):
             assert one[key] == (pytest.approx(other[key], rel=1e-4) if other[key] is not None else None), key
     assert [line["skipped"] for line in lines(chunks)] == [False, False, True, False]
     weights, others = load_file(chunks / "model.safetensors"), load_file(whole / "model.safetensors")

@@ -235,9 +235,10 @@ class ClipTask(Task):
         return {"pixels": batch.pixels, "token_ids": token_ids, "lengths": lengths}
 
     def forward(self, keep_rate: float | None, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process's share of the contrastive loss, and its accuracy among its own samples."""
+        """This process's share of the contrastive loss, and how well its pairs are found among all processes'."""
         output = self.model(inputs["pixels"], inputs["token_ids"], inputs["lengths"], keep_rate)
-        return self._loss(*output), self._metrics(*output)
+        loss, *ranks = self._loss(*output)
+        return loss, self._metrics(output.logit_scale, *ranks)
 
     def encode(self, keep_rate: float | None, **inputs: Any) -> models.ClipOutput:
         """The features alone, for `accumulate`; `distributed.shard` makes FSDP treat it as it does `forward`."""
@@ -248,20 +249,31 @@ class ClipTask(Task):
         if not self.chunk_size:
             return super().accumulate(keep_rate, **inputs)
         chunks = split_batch(inputs, self.chunk_size)
-        loss, output = cached_backward(
-            lambda chunk: self.encode(keep_rate, **chunk), chunks, self._loss, num_shared=1, modules=[self]
-        )
-        return loss, self._metrics(*output)
+        ranks: list[Tensor] = []
 
-    def _loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        def loss_of(*output: Tensor) -> Tensor:
+            loss, *ranks[:] = self._loss(*output)
+            return loss
+
+        loss, output = cached_backward(
+            lambda chunk: self.encode(keep_rate, **chunk), chunks, loss_of, num_shared=1, modules=[self]
+        )
+        return loss, self._metrics(output[-1], *ranks)
+
+    def _loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
         group = dist.group.WORLD if dist.is_initialized() else None
-        return ops.clip_loss(image_features, text_features, logit_scale, group=group)
+        return ops.clip_loss_with_ranks(image_features, text_features, logit_scale, group=group)
 
     @torch.no_grad()
-    def _metrics(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
-        guess = (image_features @ text_features.T).argmax(dim=1)
-        accuracy = (guess == torch.arange(guess.numel(), device=guess.device)).float().mean()
-        return {"accuracy": accuracy, "logit_scale": logit_scale.detach().float().squeeze()}
+    def _metrics(self, logit_scale: Tensor, image_ranks: Tensor, text_ranks: Tensor) -> dict[str, Tensor]:
+        """Shares of pairs that are found first and among the first five in the batch, mean ranks, and the scale."""
+        ways = {"image_to_text": image_ranks, "text_to_image": text_ranks, "": torch.cat([image_ranks, text_ranks])}
+        values: dict[str, Tensor] = {}
+        for way, ranks in ways.items():
+            prefix = f"{way}_" if way else ""
+            values |= {f"{prefix}top{k}": (ranks < k).float().mean() for k in (1, 5)}
+            values[f"{prefix}rank"] = ranks.float().mean()
+        return {**values, "logit_scale": logit_scale.detach().float().squeeze()}
 
     @torch.no_grad()
     def settle(self) -> None:
