@@ -16,11 +16,17 @@ Tensor as(const Tensor& tensor, ScalarType type) {
   return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
-// Features, scale and labels of a call, checked and as kernels want them. The views keep this alive nothing beyond it.
+// A product of so few logits takes less than its launch in any dtype, so it is one of float32 matrices, whose dS is not
+// rounded: in half precision the few large dS of a small batch, its positives, leave their rounding in the gradient.
+constexpr int64_t kFewLogits = 64 * 64;
+
+// Features, scale and labels of a call, checked and as kernels want them.
 struct Batch {
   Tensor image, text, scale, image_labels, text_labels;
   Element type;
   int64_t rows, columns, width;
+  Tensor image_factor, text_factor;  // what products take: the features, or these in float32
+  Element factor_type;
 
   Batch(
       const Tensor& image_, const Tensor& text_, const Tensor& scale_, const Tensor& image_labels_,
@@ -33,16 +39,23 @@ struct Batch {
         type(element(image_, "image")),
         rows(image_.size(0)),
         columns(text_.size(0)),
-        width(image_.size(1)) {
+        width(image_.size(1)),
+        image_factor(image),
+        text_factor(text),
+        factor_type(type) {
     STD_TORCH_CHECK(
-        image.scalar_type() == text.scalar_type() && text.size(1) == width, "text must have the dtype and width of ",
-        "image");
+        image.scalar_type() == text.scalar_type() && text.size(1) == width,
+        "text must have the dtype and width of image");
     STD_TORCH_CHECK(scale.numel() == 1, "logit_scale must have one element, got ", scale.numel());
     STD_TORCH_CHECK(
         rows <= INT32_MAX && columns <= INT32_MAX, "image and text must have fewer than 2^31 rows for the CUDA kernel");
+    if (rows * columns > kFewLogits) return;
+    image_factor = as(image, ScalarType::Float);
+    text_factor = as(text, ScalarType::Float);
+    factor_type = Element::kFloat;
   }
-  bool is_half() const {
-    return type != Element::kFloat;
+  bool has_half_factors() const {
+    return factor_type != Element::kFloat;
   }
 
  private:
@@ -89,7 +102,8 @@ Tensor new_panel(const Batch& batch, const PanelShape& shape, ScalarType type) {
 void logits_out(Tensor& panel, const Batch& batch, const Part& part) {
   Tensor out = part_of(panel, 0, part.rows, 0, part.columns);
   product_out(
-      out, rows_of(batch.image, part.row, part.rows), transposed(rows_of(batch.text, part.column, part.columns)));
+      out, rows_of(batch.image_factor, part.row, part.rows),
+      transposed(rows_of(batch.text_factor, part.column, part.columns)));
 }
 
 template <class T>
@@ -159,7 +173,7 @@ class GradientSum {
   // be; and where `dot` is there, the gradient of the scale.
   Tensor finish(
       const Batch& batch, const float* factor, float constant, bool is_wide, double* dot, cudaStream_t stream) {
-    const bool in_place = is_wide || !batch.is_half();
+    const bool in_place = is_wide || batch.type == Element::kFloat;
     Tensor out = in_place   ? sum_
                  : !wanted_ ? torch::stable::new_empty(features_, {0})
                             : torch::stable::new_empty(features_, {features_.size(0), features_.size(1)});
@@ -190,23 +204,25 @@ class GradientSum {
 // Both gradients of features from dS of one panel after the other.
 class Gradients {
  public:
-  Gradients(const Batch& batch, const PanelShape& shape, bool image_grad, bool text_grad)
+  Gradients(const Batch& batch, int64_t kept, const PanelShape& shape, bool image_grad, bool text_grad)
       : image(batch.image, image_grad, batch.columns > 0),
         text(batch.text, text_grad, batch.rows > 0),
         batch_(batch),
         image_grad_(image_grad),
         text_grad_(text_grad) {
-    const bool is_whole = shape.tall >= batch.rows && shape.broad >= batch.columns;
+    const bool is_whole = shape.tall >= batch.rows && shape.broad >= batch.columns && (kept == 0 || kept == batch.rows);
     const int64_t rows = is_whole ? 0 : std::max(shape.tall, shape.broad);
     part_ = torch::stable::new_empty(batch.image, {rows, batch.width}, ScalarType::Float);
   }
   void add(const Tensor& grads, const Part& part, cudaStream_t stream) {
     const Tensor of_part = part_of(grads, 0, part.rows, 0, part.columns);
     if (image_grad_)
-      image.add(part.row, of_part, rows_of(batch_.text, part.column, part.columns), part.column == 0, part_, stream);
+      image.add(
+          part.row, of_part, rows_of(batch_.text_factor, part.column, part.columns), part.column == 0, part_, stream);
     if (text_grad_)
       text.add(
-          part.column, transposed(of_part), rows_of(batch_.image, part.row, part.rows), part.row == 0, part_, stream);
+          part.column, transposed(of_part), rows_of(batch_.image_factor, part.row, part.rows), part.row == 0, part_,
+          stream);
   }
 
   GradientSum image, text;
@@ -220,8 +236,8 @@ class Gradients {
 // Panels for an op with gradients: logits, dS in half precision beside them, and room for a product with dS.
 PanelShape gradient_panels(const Batch& batch, bool with_grads, int64_t workspace) {
   return plan_panels(
-      batch.rows, batch.columns, with_grads && batch.is_half() ? 6 : 4, with_grads ? 4.0 * batch.width + 16 : 16,
-      workspace);
+      batch.rows, batch.columns, with_grads && batch.has_half_factors() ? 6 : 4,
+      with_grads ? 4.0 * batch.width + 16 : 16, workspace);
 }
 
 Tensor contrastive_pairs(Tensor image, Tensor text, Tensor logit_scale) {
@@ -311,12 +327,12 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_statistics_backward(
 
   const PanelShape shape = gradient_panels(batch, true, workspace_bytes);
   Tensor panel = new_panel(batch, shape, ScalarType::Float);
-  Tensor grads = batch.is_half() ? new_panel(batch, shape, batch.image.scalar_type()) : panel;
-  Gradients gradients(batch, shape, image_grad, text_grad);
+  Tensor grads = batch.has_half_factors() ? new_panel(batch, shape, batch.image.scalar_type()) : panel;
+  Gradients gradients(batch, kept_rows, shape, image_grad, text_grad);
   Tensor grad_scale = torch::stable::new_zeros(batch.image, {}, ScalarType::Double);
   Tensor factor = torch::stable::new_empty(batch.image, {1}, ScalarType::Float);
   const float* factor_data = nullptr;
-  if (batch.type == Element::kHalf) {
+  if (batch.factor_type == Element::kHalf) {
     GradientFactor call{};
     call.grad_row = data<double>(std::as_const(grad_row));
     call.grad_column = data<double>(std::as_const(grad_column));
@@ -350,7 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_statistics_backward(
     call.factor = factor_data;
     call.out = grads.mutable_data_ptr();
     call.out_stride = grads.stride(0);
-    check_launch(launch_gradient(call, batch.type, device.stream()), "contrastive_statistics_backward");
+    check_launch(launch_gradient(call, batch.factor_type, device.stream()), "contrastive_statistics_backward");
     gradients.add(grads, part, device.stream());
   });
   double* dot = image_grad ? data<double>(grad_scale) : nullptr;
@@ -371,8 +387,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contr
   const bool with_grads = image_grad || text_grad;
   const PanelShape shape = gradient_panels(batch, with_grads, workspace_bytes);
   Tensor panel = new_panel(batch, shape, ScalarType::Float);
-  Tensor grads = with_grads && batch.is_half() ? new_panel(batch, shape, batch.image.scalar_type()) : panel;
-  Gradients gradients(batch, shape, image_grad, text_grad);
+  Tensor grads = with_grads && batch.has_half_factors() ? new_panel(batch, shape, batch.image.scalar_type()) : panel;
+  Gradients gradients(batch, 0, shape, image_grad, text_grad);
   const int64_t tiles = sigmoid_tiles(shape.tall, shape.broad);
   Tensor partials = torch::stable::new_zeros(batch.image, {tiles, 2}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(batch.image, {}, ScalarType::Double);
@@ -391,7 +407,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contr
     call.partials = data<double>(partials);
     call.out = with_grads ? grads.mutable_data_ptr() : nullptr;
     call.out_stride = grads.stride(0);
-    check_launch(launch_sigmoid(call, batch.type, device.stream()), "sigmoid_contrastive");
+    check_launch(launch_sigmoid(call, batch.factor_type, device.stream()), "sigmoid_contrastive");
     if (with_grads) gradients.add(grads, part, device.stream());
   });
   const auto sum = [&](Tensor& to, int64_t which) {
@@ -401,7 +417,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contr
   };
   sum(total, 0);
   if (image_grad) sum(grad_bias, 1);
-  const float constant = batch.is_half() ? 1.0f / kLargestGradient : 1.0f;
+  const float constant = batch.has_half_factors() ? 1.0f / kLargestGradient : 1.0f;
   double* dot = image_grad ? data<double>(grad_scale) : nullptr;
   Tensor grad_image = gradients.image.finish(batch, nullptr, constant, true, dot, device.stream());
   Tensor grad_text = gradients.text.finish(batch, nullptr, constant, true, nullptr, device.stream());

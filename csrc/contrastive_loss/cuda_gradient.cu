@@ -32,7 +32,8 @@ struct Split {
 };
 
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kPanelThreads, 2) gradient_kernel(const GradientPanel call, const int column_tiles) {
+__global__ void __launch_bounds__(kPanelThreads, kWide ? 2 : 1)
+    gradient_kernel(const GradientPanel call, const int column_tiles) {
   constexpr int kEach = 16 / int(sizeof(T)), kRows = kTileRows / kPanelWarps;
   __shared__ float4 row_values[kTileRows];  // high, low, a, p
   __shared__ int row_labels[kTileRows];
