@@ -13,10 +13,10 @@
 //     sigmoid_contrastive            the same                               4.2      6 D FLOP     5.1
 //
 // A fused tile, as the Triton kernels have, moves none of these bytes: its logits never leave the registers. So if both
-// reach the same share of the peak in products, this loses, by up to 1 + 2.4 / 1.7 where panels go to memory. Two
-// things may turn that round: the library's products reach more of the peak than what a compiler makes of a loop with
-// exponentials in it, and panels are small enough to stay in the cache, where 4 bytes cost about half. Which one wins
-// was not measured, so these kernels are selectable (XRAY_KERNELS=cuda) and not the default.
+// reach the same share of the peak in products, this loses, by a factor of up to 1 + 2.4 / 1.7 where panels go to
+// memory. Two things may turn that round: the library's products reach more of the peak than what a compiler makes of a
+// loop with exponentials in it, and panels are small enough to stay in the cache, where 4 bytes cost about half. Which
+// one wins was not measured, so these kernels are selectable (XRAY_KERNELS=cuda) and not the default.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -126,17 +126,17 @@ struct GradientFactor {
   float* factor;
 };
 
-// Turns a sum of products of dS into a gradient: out = sum * scale / factor.
+// Turns a sum of products of dS into a gradient: out = constant * sum * scale / factor.
 struct FinishGradient {
   const float* sum;  // (rows, width), contiguous
   int64_t rows, width;
-  const float *scale, *factor;  // no factor: that of the sigmoid's dS, when dS is float16
+  const float *scale, *factor;  // null: no factor
   float constant;               // what the sum is multiplied by beside these
   void* out;                    // contiguous; may be the sum
   bool is_wide;                 // float32, not the dtype of the features
   const void* features;
   int64_t feature_stride;
-  double* partials;  // of sum_ij sum_ij features_ij, finish_partials(rows) of them; null: not wanted
+  double* partials;  // of constant / factor times sum x features, one a block; null: not wanted
 };
 
 constexpr int64_t kFinishRows = 8;

@@ -7,7 +7,7 @@
 // Bytes: 4 read a logit, 2 or 4 written where gradients are wanted.
 //
 // |dS| is at most 1, and small for most pairs: 5e-5 where SigLIP starts, 2e-9 for a logit of -20. float16 ends at 6e-8,
-// so there dS is multiplied by 4,096: then it ends at 1.5e-11.
+// so dS in half precision is multiplied by 4,096: then it ends at 1.5e-11.
 
 #include "contrastive_loss/cuda_panel.cuh"
 
