@@ -308,7 +308,7 @@ def test_logits_of_minus_infinity_beside_others_weigh_nothing(gpu: SetGpu) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_order_of_threads_and_number_of_processors_do_not_matter(dtype: torch.dtype, gpu: SetGpu) -> None:
     call = made(150, 290, 8, dtype=dtype, captions=60, kept_rows=40, workspace=2**19)
-    call = replace(call, grad_row=call.grad_row * 2**9, grad_column=call.grad_column * 2**-9)  # for their largest
+    call.grad_row[100] = 2.0**20  # float16 overflows where the largest gradient is not the one that all wait for
     seen = []
     for processors, schedule in ((4, 0), (1, 1), (132, 2), (7, 3)):
         gpu(processors, schedule)
