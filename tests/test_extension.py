@@ -98,12 +98,6 @@ def test_instruction_sets_stay_in_their_variants(cpu_library: Path) -> None:
         assert not strangers, f"{kind}: {strangers[:3]}"
 
 
-TILES = r"tdpbf16ps|tile(?:loadd|stored|zero|release)|ldtilecfg"
-
-
-TILES = r"tdpbf16ps|tile(?:loadd|stored|zero|release)|ldtilecfg"
-
-
 def test_cuda_library_uses_only_the_stable_abi(cuda_build: tuple[Path, str]) -> None:
     file, _ = cuda_build
     check_stable(file)

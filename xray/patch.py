@@ -158,7 +158,10 @@ def _check(theirs: type | None, ours: type, source: ModuleType, name: str, known
     if theirs is None:
         raise PatchError(f"{name} does not exist; xray.patch knows {known}")
     for method in ("__init__", "forward"):
-        found, needed = (_signature(getattr(one, method)) for one in (theirs, ours))
+        found, needed = _signature(getattr(theirs, method)), _signature(getattr(ours, method))
+        # what ours takes by keyword only is its own addition, with a default
+        added = inspect.Parameter.KEYWORD_ONLY
+        needed = needed.replace(parameters=[one for one in needed.parameters.values() if one.kind is not added])
         if found != needed:
             raise PatchError(f"{name}.{method} takes {found}; xray.patch knows {known}, which take {needed}")
     for method, function in _methods(theirs).items():
