@@ -87,6 +87,10 @@ def cuda_library() -> cpp_extension.CppExtension:
         [
             *(f"csrc/token_reorganize/{file}" for file in ("cuda_bindings.cpp", "cuda.cu", "cuda_backward.cu")),
             *(f"csrc/attention/{file}" for file in ("cuda_bindings.cpp", "cuda_class_row.cu")),
+            *(
+                f"csrc/contrastive_loss/{file}"
+                for file in ("cuda_bindings.cpp", "cuda_gradient.cu", "cuda_sigmoid.cu", "cuda_statistics.cu")
+            ),
         ],
         include_dirs=[INCLUDE, f"{CUDA_HOME}/include"],
         py_limited_api=True,

@@ -33,8 +33,8 @@ DIRECTIONS = ("forward", "forward+backward")
 SECONDS = 1.0 if DEVICE.type == "cuda" else 4.0
 """What one comparison may take; it gets as many rounds as fit, within ROUNDS."""
 ROUNDS = (7, 40)
-LONG, FEW = 5.0, 3
-"""A round of more seconds than LONG, which some peer takes, is repeated FEW times."""
+LONG, VERY_LONG, FEW = 5.0, 60.0, 3
+"""A round of more seconds than LONG is repeated FEW times, one of more than VERY_LONG is not."""
 MATMUL_SIZE = 4096 if DEVICE.type == "cuda" else 1024
 """Side of the square matrix product that stands for the arithmetic limit."""
 
@@ -214,7 +214,9 @@ class Bench:
         start = time.perf_counter()
         run_turns(turns)
         took = time.perf_counter() - start
-        rounds = FEW if took > LONG else min(max(int(SECONDS / took), ROUNDS[0]), ROUNDS[1])
+        rounds = min(max(int(SECONDS / took), ROUNDS[0]), ROUNDS[1])
+        if took > LONG:
+            rounds = FEW if took < VERY_LONG else 1
         following, entered = itertools.cycle(turns), contextlib.ExitStack()
 
         def setup() -> tuple[tuple[Callable[[], None]], dict[str, Any]]:

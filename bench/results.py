@@ -39,11 +39,13 @@ class Timing:
 
 COPY = "copy"
 """As the `against` of a target: the share of the speed at which `copy_` moves the same bytes."""
+MATMUL = "matmul"
+"""As the `against` of a target: the share of the rate of the matrix product that ran beside."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What our default implementation is meant to reach: `at_least` times the speed of a peer, or of `COPY`."""
+    """What our default implementation is meant to reach: `at_least` times a peer's speed, or of COPY or MATMUL."""
 
     against: str
     at_least: float
@@ -124,10 +126,13 @@ def row(comparison: Comparison, timing: Timing) -> Row | None:
 
 
 def reached(comparison: Comparison, target: Target) -> float | None:
-    """How many times the speed of the target's peer, or of `copy_`, our default has; None where one was not timed."""
+    """How many times the speed of the target's peer, or limit, our default has; None where one was not timed."""
     default = next((peer for peer in comparison.peers if peer.default and peer.samples), None)
     samples = comparison.copy_samples
-    if target.against != COPY:
+    if target.against == MATMUL:  # what that product would take for as many operations
+        share = comparison.flops / comparison.matmul_flops
+        samples = [share * seconds for seconds in comparison.matmul_samples]
+    elif target.against != COPY:
         samples = next((peer.samples for peer in comparison.peers if peer.name == target.against), [])
     if default is None or not samples:
         return None

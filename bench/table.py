@@ -11,13 +11,19 @@ import statistics
 import sys
 from pathlib import Path
 
-from bench.results import COPY, GREEN, RESULTS, ROOT, Comparison, Target, reached, read, row
+from bench.results import COPY, GREEN, MATMUL, RESULTS, ROOT, Comparison, Target, reached, read, row
 from xray_kernels import _library
 
 README = ROOT / "README.md"
 MEASURED = ROOT / "xray_kernels" / "measured.json"
 ON_CUDA = ("reference", "triton", "cuda", "sdpa", "flash_attn", "xformers")
 """Implementations of an op, and backends of attention, of which the fastest becomes the default."""
+JUDGED_BY = {
+    "contrastive_statistics": ("clip_loss", "forward"),
+    "contrastive_statistics_backward": ("clip_loss", "forward+backward"),
+    "sigmoid_contrastive": ("siglip_loss", "forward+backward"),
+}
+"""Ops that no function is named after -> the comparisons they are judged by; of others, see `measured`."""
 BEGIN = "<!-- results: written by `python -m bench.table` -->"
 END = "<!-- end of results -->"
 
@@ -49,10 +55,11 @@ def terminal(comparisons: list[Comparison]) -> str:
 def verdict(c: Comparison, target: Target) -> str:
     """A target, what was reached of it, and whether that is a hit or a miss."""
     found = reached(c, target)
-    wanted = f"{target.at_least:.0%} of copy" if target.against == COPY else f"{target.at_least:g}x {target.against}"
+    is_share = target.against in (COPY, MATMUL)
+    wanted = f"{target.at_least:.0%} of {target.against}" if is_share else f"{target.at_least:g}x {target.against}"
     if found is None:
         return f"{wanted}: not measured"
-    shown = f"{found:.0%}" if target.against == COPY else f"{found:.2f}x"
+    shown = f"{found:.0%}" if is_share else f"{found:.2f}x"
     return f"{wanted}: {shown}, {'hit' if found >= target.at_least else 'missed'}"
 
 
@@ -143,7 +150,9 @@ def measured(folder: Path) -> str:
         if facts["device_type"] != "cuda":
             continue
         for function, dtype in dict.fromkeys((c.function, c.dtype) for c in comparisons):
-            for direction, op in (("forward", function), ("forward+backward", f"{function}_backward")):
+            own = {function: (function, "forward"), f"{function}_backward": (function, "forward+backward")}
+            judged = {op: by for op, by in {**own, **JUDGED_BY}.items() if by[0] == function}
+            for op, (_, direction) in judged.items():
                 same = [c for c in comparisons if (c.function, c.dtype, c.direction) == (function, dtype, direction)]
                 best = fastest(same) if same and op in _library.REFERENCES else None
                 if best is not None:

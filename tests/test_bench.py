@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -179,11 +181,12 @@ def test_peers_take_turns() -> None:
 
 
 def test_long_rounds_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one round takes minutes, three and no warm-up."""
+    """Where one round takes long, three and no warm-up; where it takes minutes, one."""
     monkeypatch.setattr(harness, "ROUNDS", (7, 40))
     plain = harness.peer("plain")(SPEC.composition)
-    for long, count in ((-1.0, harness.FEW), (100.0, 40)):
+    for long, very_long, count in ((-1.0, -0.5, 1), (-1.0, math.inf, harness.FEW), (math.inf, math.inf, 40)):
         monkeypatch.setattr(harness, "LONG", long)
+        monkeypatch.setattr(harness, "VERY_LONG", very_long)
         found: list[Comparison] = []
         bench_of(found).compare(SPEC, inputs(), (plain,), "5 x 7", "forward")
         assert len(found[0].peers[0].samples) == count
@@ -283,14 +286,18 @@ def test_table_of_the_terminal() -> None:
 
 def test_targets_are_hit_or_missed_by_the_default() -> None:
     wanted = [Target("plain", 2.0), Target("plain", 2.5), Target(results.COPY, 0.5), Target("absent", 1.0)]
+    wanted.append(Target(results.MATMUL, 0.2))
     c = comparison(targets=wanted)
-    assert [results.reached(c, target) for target in wanted] == [2.0, 2.0, 0.5, None]
+    product = c.flops / statistics.median(c.peers[1].samples) * statistics.median(c.matmul_samples) / c.matmul_flops
+    assert [results.reached(c, target) for target in wanted] == [2.0, 2.0, 0.5, None, pytest.approx(product)]
+    assert product > 0
     lines = [line.split(maxsplit=1)[1] for line in table.terminal([c]).splitlines() if line.startswith("target")]
     assert lines == [
         "2x plain: 2.00x, hit",
         "2.5x plain: 2.00x, missed",
         "50% of copy: 50%, hit",
         "1x absent: not measured",
+        f"20% of matmul: {product:.0%}, {'hit' if product >= 0.2 else 'missed'}",
     ]
     red = replace(c, peers=[c.peers[0], Timing("xray reference", "parity red", [], ours=True, default=True)])
     assert results.reached(red, wanted[0]) is None

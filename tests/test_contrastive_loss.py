@@ -6,16 +6,22 @@ processes in test_contrastive_loss_ranks.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from xray.ops import ClipLoss, SigLipLoss, clip_loss, siglip_loss
-from xray_kernels.contrastive_loss.spec import compose_clip, compose_siglip, sample_features
+from xray.ops import ClipLoss, SigLipLoss, clip_loss, clip_loss_with_ranks, siglip_loss, siglip_loss_with_ranks
+from xray_kernels import _library
+from xray_kernels.contrastive_loss import local
+from xray_kernels.contrastive_loss.spec import compose_clip, compose_clip_with_ranks, compose_siglip, sample_features
+from xray_kernels.testing import implementations, use_implementation
 
 BIAS = -2.0
 CLIP_MODES = [(local, gather) for local in (False, True) for gather in (False, True)]
@@ -215,6 +221,16 @@ BAD_INPUTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], st
     "text as scale": ((IMAGE, TEXT, "10"), {}, TypeError, "logit_scale must be a number"),
     "bool as scale": ((IMAGE, TEXT, True), {}, TypeError, "logit_scale must be a number"),
     "infinite scale": ((IMAGE, TEXT, float("inf")), {}, ValueError, "logit_scale must be finite"),
+    "scale of zero": ((IMAGE, TEXT, 0.0), {}, ValueError, "logit_scale must be above 0, .* got 0.0"),
+    "negative scale": ((IMAGE, TEXT, -3), {}, ValueError, "logit_scale must be above 0, .* got -3"),
+    "labels of another length": ((IMAGE, TEXT, 1.0), {"labels": torch.zeros(5, dtype=torch.int64)}, ValueError,
+                                 r"labels must have shape \(4,\) .* got \(5,\)"),
+    "labels for both sides": ((IMAGE, TEXT, 1.0), {"labels": torch.zeros(4, 4, dtype=torch.int64)}, ValueError,
+                              r"labels must have shape \(n,\), got \(4, 4\)"),
+    "floating labels": ((IMAGE, TEXT, 1.0), {"labels": torch.zeros(4)}, TypeError, "labels must be integers"),
+    "labels as a list": ((IMAGE, TEXT, 1.0), {"labels": [1, 2, 3, 4]}, TypeError, "labels must be a tensor"),
+    "labels on other device": ((IMAGE, TEXT, 1.0), {"labels": torch.zeros(4, dtype=torch.int64, device="meta")},
+                               RuntimeError, "labels is on meta"),
     "exchange": ((IMAGE, TEXT, 1.0), {"exchange": "gather"}, ValueError, "exchange must be one of all_gather"),
     "workspace": ((IMAGE, TEXT, 1.0), {"max_workspace_bytes": 9}, ValueError, "max_workspace_bytes must"),
     "group": ((IMAGE, TEXT, 1.0), {"group": object()}, RuntimeError, "group was given but torch.distributed"),
@@ -243,12 +259,172 @@ def test_bias_is_checked_like_the_scale() -> None:
         siglip_loss(IMAGE, TEXT, 1.0, torch.zeros(3))
 
 
+EVERY = pytest.mark.parametrize("implementation", implementations("cpu"))
+
+
+def whole_numbers(n: int, width: int) -> tuple[Tensor, Tensor]:
+    """Features whose logits are exact in every implementation, with many ties."""
+    generator = torch.Generator().manual_seed(2)
+    image, text = (torch.randint(-2, 3, (n, width), generator=generator).float() for _ in range(2))
+    return image, text
+
+
+@EVERY
+@pytest.mark.parametrize("n", [5, 117, 300])
+def test_ties_count_against_a_pair(implementation: str, n: int) -> None:
+    image, text = whole_numbers(n, 3)
+    labels = torch.arange(n) // 2
+    for given in (None, labels):
+        expected = compose_clip_with_ranks(image, text, 2.0, given)[1:]
+        assert (expected[0] > 0).any()
+        with use_implementation(implementation):
+            by_clip = clip_loss_with_ranks(image, text, 2.0, labels=given)[1:]
+            by_siglip = siglip_loss_with_ranks(image, text, 2.0, BIAS, labels=given)[1:]
+        for found in (by_clip, by_siglip):
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_features_find_nothing(implementation: str, dtype: torch.dtype) -> None:
+    """All rows alike, as after a collapse: the loss is that of guessing, and no pair is found."""
+    n = 130
+    row = torch.full((1, 64), 0.125, dtype=dtype)  # of length 1, and exact
+    image, text = row.repeat(n, 1).requires_grad_(), row.repeat(n, 1).requires_grad_()
+    with use_implementation(implementation):
+        loss, image_ranks, text_ranks = clip_loss_with_ranks(image, text, 100.0)
+        grads = torch.autograd.grad(loss, (image, text))
+    torch.testing.assert_close(loss, torch.tensor(n).log(), rtol=1e-5, atol=0)
+    assert (image_ranks == n - 1).all()
+    assert (text_ranks == n - 1).all()
+    for grad in grads:
+        torch.testing.assert_close(grad, torch.zeros_like(grad), rtol=0, atol=1e-4)
+
+
+@EVERY
+@BOTH
+def test_half_precision_does_not_overflow(function: Callable[..., Tensor], implementation: str) -> None:
+    """Logits of 100 times features that are not normalised are far beyond float16; so are the sums of gradients."""
+    image, text = (30 * value for value in features(70, 96, torch.float32))
+    image[1], text[3] = 2 * image[0], 2 * text[0]
+    oracle = [value.half().double().requires_grad_() for value in (image, text)]
+    expected = compose_siglip(*oracle, 100.0, BIAS) if function is siglip_loss else compose_clip(*oracle, 100.0)
+    assert (100 * oracle[0] @ oracle[1].T).amax() > 65504
+    with use_implementation(implementation):
+        values = [value.half().requires_grad_() for value in (image, text)]
+        loss = call(function, values[0], values[1], 100.0)
+        grads = torch.autograd.grad(loss, values)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for grad, truth in zip(grads, torch.autograd.grad(expected, oracle), strict=True):
+        assert grad.isfinite().all()
+        torch.testing.assert_close(grad.double(), truth, rtol=2e-3, atol=2e-3 * float(truth.abs().max()))
+
+
+SHAPES = [(1, 1, 4), (3, 50, 7), (50, 3, 7), (129, 257, 33), (500, 700, 40), (700, 500, 9)]
+
+
+def other_shape(n: int, num_texts: int, width: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Operands of the local ops where images and texts differ in number, as on a rank; and labels that meet."""
+    generator = torch.Generator().manual_seed(n)
+    image = torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype)
+    text = torch.randn(num_texts, width, generator=generator, dtype=torch.float64).to(dtype)
+    labels = [torch.randint(40, (count,), generator=generator, dtype=torch.int32) for count in (n, num_texts)]
+    return [image, text, torch.tensor(1.7)], labels
+
+
+def differs(name: str, args: tuple[Any, ...]) -> str | None:
+    """How an op's results differ from the reference's in float64."""
+    return _library.compare(getattr(local, name), args, _library.REFERENCES[name])
+
+
+@EVERY
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("workspace", [2**16, 2**24])
+def test_local_ops_where_texts_are_more_or_fewer(
+    shape: tuple[int, int, int], workspace: int, implementation: str
+) -> None:
+    n, num_texts, width = shape
+    operands, labels = other_shape(n, num_texts, width, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    pairs = [torch.randn(count, generator=generator) for count in (n, num_texts)]
+    kept_rows = n if n < 480 else 480
+    weights = [torch.rand(count, generator=generator, dtype=torch.float64) for count in (n, num_texts, n)]
+    weights[2] = -weights[2]
+    with use_implementation(implementation):
+        args = (*operands, *labels, *pairs, kept_rows, workspace)
+        assert differs("contrastive_statistics", args) is None
+        row_lse, column_lse, *_, kept = local.contrastive_statistics(*args)
+        for given in (kept, kept[:0]):
+            for flags in ((True, True), (True, False), (False, True)):
+                args = (*operands, *labels, row_lse, column_lse, given, *weights, workspace, *flags)
+                assert differs("contrastive_statistics_backward", args) is None, flags
+        for flags in ((True, True), (True, False), (False, True), (False, False)):
+            args = (*operands, torch.tensor(-1.5), *labels, *pairs, workspace, *flags)
+            assert differs("sigmoid_contrastive", args) is None, flags
+
+
+@EVERY
+@BOTH
+def test_the_same_bits_whatever_the_threads(function: Callable[..., Tensor], implementation: str) -> None:
+    if implementation == "reference":
+        pytest.skip("PyTorch's products cut their sums by the number of threads")
+    image, text = (value.requires_grad_() for value in features(1000, 20, torch.float32))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            with use_implementation(implementation):
+                loss = call(function, image, text, 20.0, max_workspace_bytes=2**20)
+                found.append((loss, *torch.autograd.grad(loss, (image, text))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(*both) for both in zip(other, found[0], strict=True))
+
+
+PEAK_MEMORY = """
+import ctypes, sys, torch
+from xray import ops
+from xray_kernels.contrastive_loss.spec import sample_features
+name, dtype, n, width = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+ctypes.CDLL(None).mallopt(-3, 128 << 10)  # blocks of 128 KiB and more go back to the system when freed
+
+def status(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
+
+def step(n):
+    values = sample_features(n, width, (dtype, torch.device("cpu"), torch.Generator().manual_seed(0)))
+    image, text = (value.requires_grad_() for value in values.values())
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
+    before = status("VmRSS")
+    loss = getattr(ops, name)(image, text, 14.3, *([-10.0] if name == "siglip_loss" else []))
+    loss.backward()
+    return status("VmHWM") - before - (image.nbytes + text.nbytes)
+
+step(1000)  # threads and libraries are there
+print(step(n))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@BOTH
+def test_peak_memory(function: Callable[..., Tensor], dtype: str) -> None:
+    """At 10,000 pairs one float32 matrix of logits is 381 MiB; inputs and gradients apart, all takes 256 MiB."""
+    if _library.implementation("contrastive_statistics", "cpu") == "reference":
+        pytest.skip("the reference is bounded by what PyTorch's allocator counts, in another test")
+    command = [sys.executable, "-c", PEAK_MEMORY, function.__name__, dtype, "10000", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 2**20 < int(done.stdout) < 256 * 2**20
+
+
 def test_clip_module_on_one_process() -> None:
     image, text = features(9, 8)
     bias = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     expected = compose_clip(image, text, 7.0)
-    for local, gather in CLIP_MODES:
-        module = ClipLoss(local_loss=local, gather_with_grad=gather)
+    for own, gather in CLIP_MODES:
+        module = ClipLoss(local_loss=own, gather_with_grad=gather)
         loss = module(image, text, 7.0, logit_bias=bias, output_dict=True)["contrastive_loss"]
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(module(image, text, logit_scale=7.0), expected)

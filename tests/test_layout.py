@@ -16,6 +16,7 @@ PYTHON = sorted(path for package in ("xray", "xray_kernels") for path in (ROOT /
 ALLOWED = {
     "xray_kernels": set(),
     "xray.ops": {"xray_kernels"},
+    "xray.patch": {"xray.ops"},
     "xray.models": {"xray.ops"},
     "xray.data": set(),
     "xray.train": {"xray.models", "xray.data", "xray.ops"},

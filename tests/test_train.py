@@ -100,7 +100,8 @@ def test_loss_falls(chain: dict[str, Path], stage: str, share: float) -> None:
 
 
 def test_metrics_have_a_line_a_step(chain: dict[str, Path]) -> None:
-    own: dict[str, set[str]] = {"mae": set(), "tags": {"top1"}, "clip": {"accuracy", "logit_scale"}}
+    found = {f"{way}{name}" for way in ("", "image_to_text_", "text_to_image_") for name in ("top1", "top5", "rank")}
+    own: dict[str, set[str]] = {"mae": set(), "tags": {"top1"}, "clip": {"logit_scale", *found}}
     common = {"step", "loss", "images_per_s", "lr", "grad_norm", "keep_rate", "data_wait", "seconds", "skipped"}
     for stage, out in chain.items():
         records = lines(out)

@@ -56,7 +56,7 @@ Grid make_grid(
   const int64_t longest = std::max(rows, columns), quarter = workspace_bytes / int64_t(4 * sizeof(S));
   Grid grid{rows, columns, features, channels, 0, 0, 0, 0, by_tiles};
   for (const int64_t block : {kMostBlock, int64_t(96), int64_t(48), int64_t(16)}) {
-    if (block > 96 && longest < 16 * block) continue;  // some blocks for each of a few threads
+    if (block > 48 && longest < (block > 96 ? 16 : 3) * block) continue;  // blocks for each of a few threads
     const int64_t scratch = block_scratch(block, by_tiles);
     grid.block = block;
     grid.packed = packed_block(block, channels, by_tiles);

@@ -1,7 +1,8 @@
 """Training: recipes, three tasks (masked autoencoding, tags, CLIP), one loop for one process and for
 torchrun.
 
-Importing this package is cheap: torch is imported when a run starts.
+Importing this package is cheap: torch is imported when a run starts. `xray.train.grad_cache`, large
+contrastive batches in the memory of small ones, is for training loops of your own too.
 """
 
 from pathlib import Path

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from xray.train.errors import TrainError
-from xray.train.tasks import Task
+from xray.train.tasks import ClipTask, Task
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def shard(task: Task, place: World, dtype: torch.dtype) -> None:
     in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(place.device.type, (place.size,))
     # Inputs are left alone: the residual stream stays float32, as it does in one process under autocast. That
@@ -116,6 +116,8 @@ def shard(task: Task, place: World, dtype: torch.dtype) -> None:
     for block in task.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(task, mesh=mesh)
+    if isinstance(task, ClipTask):
+        register_fsdp_forward_method(task, "encode")
 
 
 def whole(tensor: Tensor) -> Tensor:

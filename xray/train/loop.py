@@ -148,13 +148,12 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(place.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss, extra = self.task(rate, **inputs)
-        loss.backward()
+            loss, extra = self.task.accumulate(rate, **inputs)
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), recipe.grad_clip or math.inf)
         flag = torch.tensor(float(stop), device=place.device)
         # One transfer a step, and one all-reduce: every process sees the same numbers and takes the same
         # turn.
-        numbers = torch.stack([loss.detach().float(), distributed.whole(norm).float(), flag, *extra.values()])
+        numbers = torch.stack([loss.float(), distributed.whole(norm).float(), flag, *extra.values()])
         loss_value, norm_value, stop_value, *extra_values = place.mean(numbers).tolist()
         skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
         if not skipped:

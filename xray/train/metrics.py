@@ -23,7 +23,9 @@ class Metrics:
     A line of `metrics.jsonl` has step (from 1), loss, images_per_s, lr, grad_norm, keep_rate, data_wait
     (share of the step's time spent waiting for data), seconds (of training so far, earlier sessions
     included), skipped (true if the step changed nothing because its loss or gradient was not finite) and the
-    task's own metrics. A number that is not finite is null.
+    task's own metrics: of "tags" top1, of "clip" logit_scale and, within the batch of all processes, image_to_text_ and
+    text_to_image_top1, _top5 and _rank (from 0) and their means top1, top5 and rank. A number that is not finite is
+    null.
 
     Attributes:
         seconds: what earlier sessions of this run have spent.
@@ -77,7 +79,7 @@ class Metrics:
 
 
 class _Progress:
-    """Loss, images/s and time left: a bar on a terminal, a line now and then elsewhere."""
+    """Loss, accuracy, images/s and time left: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, recipe: Recipe, start: int) -> None:
         from tqdm import tqdm
@@ -99,7 +101,8 @@ class _Progress:
         self._speed = MEMORY * self._speed + (1 - MEMORY) * values["images_per_s"]
         self._seen += 1
         speed = self._speed / (1 - MEMORY**self._seen)
-        text = f"loss {values['loss']:.3f}, {speed:.0f} images/s"
+        found = f"top-1 {values['top1']:.0%}, " if "top1" in values else ""
+        text = f"loss {values['loss']:.3f}, {found}{speed:.0f} images/s"
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()

@@ -44,6 +44,7 @@ AT_LEAST_ZERO = (
     "grad_clip",
     "keep_rate_warmup",
     "caption_tags",
+    "chunk_size",
     "checkpoint_every",
 )
 
@@ -188,6 +189,11 @@ def validate(recipe: Recipe) -> None:
     if recipe.task == "mae" and recipe.clip_fraction:
         raise TrainError(
             f"clip_fraction is {recipe.clip_fraction} and must be 0 for mae, which learns from images only"
+        )
+    if recipe.task != "clip" and recipe.chunk_size:
+        raise TrainError(
+            f"chunk_size is {recipe.chunk_size} and must be 0 for {recipe.task}, whose loss compares no samples with "
+            "each other as clip's does: lower batch_size instead"
         )
 
 

@@ -147,7 +147,10 @@ def accelerate(task: Task, recipe: Recipe) -> None:
     The forward methods are replaced rather than the modules, so parameter names stay as they are.
     """
     if recipe.compile:
-        torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+        # Chunks come with gradient and without, and the last may be smaller.
+        most = MOST_GRAPHS * (4 if recipe.chunk_size else 1)
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(torch._dynamo.config, limit, max(most, getattr(torch._dynamo.config, limit)))
     for block in task.blocks():
         if recipe.compile:
             # Shapes are few and fixed (see `schedule.keep_rate`), so each gets its own graph instead of a

@@ -54,6 +54,9 @@ class Recipe:
         caption_tags: up to this many of a sample's tags are added to its caption; 0 leaves captions alone.
         short_texts: share of texts that are one tag instead of the caption, so that single words, such as the
             class names of zero-shot classification, are not strange to the text encoder.
+        chunk_size: samples that the encoders of a process see at a time; 0 gives them all at once. The loss and
+            the gradients stay those of the whole batch; memory is that of a chunk, for one more forward pass.
+            Of several processes each then holds whole gradients instead of a shard until the last chunk.
     Running
         seed: of weights, data order, augmentation and masks.
         precision: "float32", "bfloat16" (float32 parameters and reductions, bfloat16 compute) or "auto"
@@ -113,6 +116,7 @@ class Recipe:
     vocab_size: int = 512
     caption_tags: int = 0
     short_texts: float = 0.0
+    chunk_size: int = 0
 
     seed: int = 0
     precision: str = "auto"

@@ -1,7 +1,7 @@
 """The three tasks: each is a module that holds the model, turns a batch into tensors, and returns its loss.
 
-A task is what the loop calls and what FSDP shards: everything a step computes, the loss included, happens
-inside `forward`.
+A task is what the loop calls and what FSDP shards: everything that a step computes with parameters happens
+inside `forward`, or inside `encode` where a batch comes in chunks.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from xray import data, models, ops
 from xray.models.layers import Block
 from xray.train.errors import TrainError
+from xray.train.grad_cache import cached_backward, plain_backward, split_batch
 from xray.train.overrides import nearest
 from xray.train.recipes import Recipe
 
@@ -118,6 +119,15 @@ class Task(nn.Module):
     def forward(self, keep_rate: float | None, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of this process's samples and further metrics by name, scalars without gradient."""
 
+    def accumulate(self, keep_rate: float | None, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the loss's gradients to the parameters'; what `forward` returns, without gradient.
+
+        An autocast around it holds for the forward pass alone.
+        """
+        loss, extra = self(keep_rate, **inputs)
+        plain_backward([loss])
+        return loss.detach(), extra
+
     def settle(self) -> None:
         """Put parameters back into their allowed range after an optimizer step."""
 
@@ -207,6 +217,7 @@ class ClipTask(Task):
         self.context_length = recipe.context_length
         self.caption_tags = recipe.caption_tags
         self.short_texts = recipe.short_texts
+        self.chunk_size = recipe.chunk_size
         text = models.TextConfig(
             vocab_size=tokenizer.vocab_size,
             context_length=recipe.context_length,
@@ -224,14 +235,45 @@ class ClipTask(Task):
         return {"pixels": batch.pixels, "token_ids": token_ids, "lengths": lengths}
 
     def forward(self, keep_rate: float | None, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process's share of the contrastive loss, and its accuracy among its own samples."""
+        """This process's share of the contrastive loss, and how well its pairs are found among all processes'."""
         output = self.model(inputs["pixels"], inputs["token_ids"], inputs["lengths"], keep_rate)
+        loss, *ranks = self._loss(*output)
+        return loss, self._metrics(output.logit_scale, *ranks)
+
+    def encode(self, keep_rate: float | None, **inputs: Any) -> models.ClipOutput:
+        """The features alone, for `accumulate`; `distributed.shard` makes FSDP treat it as it does `forward`."""
+        return self.model(inputs["pixels"], inputs["token_ids"], inputs["lengths"], keep_rate)
+
+    def accumulate(self, keep_rate: float | None, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Task.accumulate`, with no more than `chunk_size` samples' activations alive where that is not 0."""
+        if not self.chunk_size:
+            return super().accumulate(keep_rate, **inputs)
+        chunks = split_batch(inputs, self.chunk_size)
+        ranks: list[Tensor] = []
+
+        def loss_of(*output: Tensor) -> Tensor:
+            loss, *ranks[:] = self._loss(*output)
+            return loss
+
+        loss, output = cached_backward(
+            lambda chunk: self.encode(keep_rate, **chunk), chunks, loss_of, num_shared=1, modules=[self]
+        )
+        return loss, self._metrics(output[-1], *ranks)
+
+    def _loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
         group = dist.group.WORLD if dist.is_initialized() else None
-        loss = ops.clip_loss(output.image_features, output.text_features, output.logit_scale, group=group)
-        with torch.no_grad():
-            guess = (output.image_features @ output.text_features.T).argmax(dim=1)
-            accuracy = (guess == torch.arange(guess.numel(), device=guess.device)).float().mean()
-        return loss, {"accuracy": accuracy, "logit_scale": output.logit_scale.detach().float().squeeze()}
+        return ops.clip_loss_with_ranks(image_features, text_features, logit_scale, group=group)
+
+    @torch.no_grad()
+    def _metrics(self, logit_scale: Tensor, image_ranks: Tensor, text_ranks: Tensor) -> dict[str, Tensor]:
+        """Shares of pairs that are found first and among the first five in the batch, mean ranks, and the scale."""
+        ways = {"image_to_text": image_ranks, "text_to_image": text_ranks, "": torch.cat([image_ranks, text_ranks])}
+        values: dict[str, Tensor] = {}
+        for way, ranks in ways.items():
+            prefix = f"{way}_" if way else ""
+            values |= {f"{prefix}top{k}": (ranks < k).float().mean() for k in (1, 5)}
+            values[f"{prefix}rank"] = ranks.float().mean()
+        return {**values, "logit_scale": logit_scale.detach().float().squeeze()}
 
     @torch.no_grad()
     def settle(self) -> None:

@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xray_kernels import _checks
 from xray_kernels.contrastive_loss import distributed
-
-DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Matching(NamedTuple):
@@ -22,16 +19,6 @@ class Matching(NamedTuple):
     text_labels: Tensor
     image_labels: Tensor
     positives: Tensor | None
-
-
-def check_labels(labels: Tensor | None, features: Tensor) -> None:
-    if labels is None:
-        return
-    _checks.check_tensor("labels", labels, layout="(n,)")
-    if labels.dtype not in DTYPES:
-        raise TypeError(f"labels must be integers, such as int64, got {labels.dtype}")
-    _checks.check_same("labels", labels, "image_features", features, dtype=False)
-    _checks.check_shape("labels", labels, (features.shape[0],), "one for each row of image_features")
 
 
 def match(labels: Tensor | None, features: Tensor, group: Any) -> Matching:

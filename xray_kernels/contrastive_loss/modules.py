@@ -13,22 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from xray_kernels.contrastive_loss import (
-    DEFAULT_WORKSPACE_BYTES,
-    as_scalar,
-    as_scale,
-    check_features,
-    clip_share,
-    clip_statistics,
-    siglip_share,
-)
-from xray_kernels.contrastive_loss.distributed import check_equal_rows, mean_over_ranks
-from xray_kernels.contrastive_loss.labels import match
-from xray_kernels.contrastive_loss.tiling import wide_dtype
+from xray_kernels.contrastive_loss import DEFAULT_WORKSPACE_BYTES, compute
+from xray_kernels.contrastive_loss.inputs import Call
 
 
 def _default_group(world_size: int) -> Any:
@@ -42,19 +31,6 @@ def _default_group(world_size: int) -> Any:
     if dist.get_world_size() != world_size:
         raise ValueError(f"world_size must be that of the default group, {dist.get_world_size()}, got {world_size}")
     return dist.group.WORLD
-
-
-class _WeakenGradient(torch.autograd.Function):
-    """The identity, with the gradient multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
 
 
 class ClipLoss(nn.Module):
@@ -113,35 +89,18 @@ class ClipLoss(nn.Module):
             TypeError, ValueError, RuntimeError: as for `clip_loss`; also a world_size that is not the default
                 group's.
         """
-        check_features(image_features, text_features, labels, "all_gather", DEFAULT_WORKSPACE_BYTES)
-        scale = as_scale(logit_scale, image_features)
-        ranks = _default_group(self.world_size)
-        if ranks is None:
-            loss = self._share(image_features, text_features, scale, labels, None)
-        elif self.local_loss and not self.gather_with_grad:
-            loss = self._queries_only(image_features, text_features, scale, labels, ranks)
-        else:
-            if not self.gather_with_grad:
-                image_features = _WeakenGradient.apply(image_features, 1 / self.world_size)
-                text_features = _WeakenGradient.apply(text_features, 1 / self.world_size)
-            loss = self._share(image_features, text_features, scale, labels, ranks)
-            if not self.local_loss:
-                loss = mean_over_ranks(loss, ranks)
-        if logit_bias is not None:
-            loss = loss + 0.0 * as_scalar("logit_bias", logit_bias, image_features).to(loss.dtype)
+        call = Call(
+            "clip_loss",
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            labels,
+            "all_gather",
+            DEFAULT_WORKSPACE_BYTES,
+        )
+        loss = compute(call, _default_group(self.world_size), self.local_loss, self.gather_with_grad)[0]
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _share(self, image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None, ranks: Any) -> Tensor:
-        return clip_share(image, text, scale, labels, ranks, "all_gather", DEFAULT_WORKSPACE_BYTES)[0]
-
-    def _queries_only(self, image: Tensor, text: Tensor, scale: Tensor, labels: Tensor | None, ranks: Any) -> Tensor:
-        """Rows differentiate the images and columns the texts; their effect on the other side is dropped."""
-        check_equal_rows(image, ranks)
-        rest = (scale, match(labels, image, ranks), ranks, "all_gather", DEFAULT_WORKSPACE_BYTES)
-        row_lse, _, row_positive, *_ = clip_statistics(image, text.detach(), *rest)
-        _, column_lse, column_positive, *_ = clip_statistics(image.detach(), text, *rest)
-        rows, columns = (row_lse - row_positive).mean(), (column_lse - column_positive).mean()
-        return ((rows + columns) / 2).to(wide_dtype(image.dtype))
 
 
 class SigLipLoss(nn.Module):
@@ -192,15 +151,15 @@ class SigLipLoss(nn.Module):
             TypeError, ValueError, RuntimeError: as for `siglip_loss`; also a world_size that is not the
                 default group's.
         """
-        check_features(image_features, text_features, labels, self.exchange, DEFAULT_WORKSPACE_BYTES)
-        loss = siglip_share(
+        call = Call(
+            "siglip_loss",
             image_features,
             text_features,
-            as_scale(logit_scale, image_features),
-            as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features),
+            logit_scale,
+            logit_bias,
             labels,
-            _default_group(self.world_size),
             self.exchange,
             DEFAULT_WORKSPACE_BYTES,
-        )[0]
+        )
+        loss = compute(call, _default_group(self.world_size))[0]
         return {"contrastive_loss": loss} if output_dict else loss

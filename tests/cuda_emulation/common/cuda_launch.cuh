@@ -232,6 +232,9 @@ inline int __clzll(long long value) {
 inline int __popc(unsigned value) {
   return __builtin_popcount(value);
 }
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
 inline float rsqrtf(float value) {
   return 1.0f / std::sqrt(value);
 }
