@@ -9,9 +9,9 @@
 //   dT^T += I^T dS    left: I^T.          right: two rows of dS in pairs
 // dS leaves the arithmetic as rows of images, which serve both, so no N^2 data is ever turned. Features are turned once
 // a panel; the sums dT^T once at the end, 16 texts at a time in place. dT = dS^T I instead would turn dS, 240 x 240
-// numbers for each block, to spare turning 240 x D once. Operands of products are bfloat16, so dS is rounded to it, with
-// float32's range; what is summed and all between the products is float32. Fewer than 16 images, which do
-// not fill a tile, are left to vectors in float32.
+// numbers for each block, to spare turning 240 x D once. Operands of products are bfloat16, so dS is rounded to it,
+// with float32's range; what is summed and all between the products is float32. Fewer than 16 images, which do not fill
+// a tile, are left to vectors in float32.
 //
 // A block is computed in bands of 32 images: their logits, tiles of 30 KiB, are scaled on the way to dense rows, where
 // they stay in the first-level cache while the arithmetic goes over them. Both forms of dS (240 KiB) wait for the whole
