@@ -56,8 +56,9 @@ const T* data_of(const Tensor& tensor) {
   return tensor.numel() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
 }
 
-// Fewer images are left to vectors: they do not fill a tile, and the few large gradients of their logits would show that
-// tiles take them in bfloat16. All ops of a batch decide alike: ties are seen only where logits have the same bits.
+// Fewer images are left to vectors: they do not fill a tile, and the few large gradients of their logits would show
+// that tiles take them in bfloat16. All ops of a batch decide alike: ties are seen only where logits have the same
+// bits.
 constexpr int64_t kLeastImages = 16;
 
 template <class T>
