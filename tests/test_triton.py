@@ -25,6 +25,7 @@ SHAPES = {
 }
 """B, N, C, K."""
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
