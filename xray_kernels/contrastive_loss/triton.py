@@ -25,6 +25,8 @@ UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
 """A logit is rounded before anything is subtracted from it: the largest term of a sum of exponentials is exactly 1, the
 loss of one pair exactly 0, and a pair's logit the same number wherever it is computed."""
 GROUP = 16
+BROADEST = 2**23
+"""Columns of a panel, so that offsets within a row of tiles fit 32 bits."""
 SIGMOID_FACTOR = {torch.float16: 2.0**15}
 MERGED, STEP = 32, 32
 """Rows or columns of a program that merges partial log-sum-exps, and partials it reads at a time."""
@@ -54,10 +56,16 @@ READ = Tile(64, 128, 16, 4, 1)
 """For logits that lie in memory."""
 
 
-def configuration(dtype: torch.dtype) -> Tile:
-    """For logits that are multiplied in the kernel. One for each dtype whatever the sizes, or the logits of pairs would
-    not be those of the tiles."""
-    return Tile(64, 64, 16, 8, 1) if dtype == torch.float32 else Tile(128, 256, 64, 8, 3)
+def configuration(dtype: torch.dtype, kernel: str = "") -> Tile:
+    """For logits that are multiplied in the kernel.
+
+    Wide tiles read less from L2, but only "statistics" (16 warps) and "gradient" (8) hold them in registers. All other
+    kernels have one tile for each dtype, whatever the sizes: a pair's logit must have the bits it has in its tile.
+    """
+    if dtype == torch.float32:
+        return Tile(64, 64, 16, 8, 1)
+    warps = {"statistics": 16, "gradient": 8}.get(kernel)
+    return Tile(128, 256, 64, warps, 3) if warps else Tile(128, 128, 64, 8, 3)
 
 
 def panel_shape(rows: int, columns: int, elements: int, tile: Tile) -> tuple[int, int]:
@@ -72,7 +80,7 @@ def panel_shape(rows: int, columns: int, elements: int, tile: Tile) -> tuple[int
 
     padded = triton.cdiv(columns, 16) * 16  # for aligned rows
     side = math.isqrt(max(elements, 1))
-    broad = part(padded, max(side, elements // rows), tile.columns)
+    broad = part(padded, min(max(side, elements // rows), BROADEST), tile.columns)
     return part(rows, max(elements // broad, 1), tile.rows), broad
 
 
@@ -142,7 +150,8 @@ def contrastive_statistics(
     image_labels, text_labels, image_pairs, text_pairs = (
         vector.contiguous() for vector in (image_labels, text_labels, image_pairs, text_pairs)
     )
-    source, tile = _source(image, image_pairs, text_pairs)
+    is_ranked = bool(image_pairs.numel() or text_pairs.numel())
+    source, tile = _source(image, "" if kept_rows else "statistics", is_ranked)
     partial = 12 / tile.columns + 8 / tile.rows
     shape = panel_shape(n, num_texts, int(workspace_bytes / (partial + (4 if source == "product" else 0))), tile)
     tall, broad = (-(-side // block) for side, block in zip(shape, tile, strict=False))
@@ -173,12 +182,14 @@ def contrastive_statistics(
     return row_lse, column_lse, positive, image_ranks, text_ranks, kept
 
 
-def _source(image: Tensor, *pairs: Tensor) -> tuple[str, Tile]:
+def _source(image: Tensor, kernel: str, is_ranked: bool) -> tuple[str, Tile]:
     """Where the logits of a panel come from: half types multiply in the kernel. float32 leaves it to the library, which
-    is several times faster at that, unless a pair's logit must have the same bits as its tile's."""
-    if image.dtype == torch.float32 and not any(pair.numel() for pair in pairs):
+    is several times faster at that, unless a pair's logit must have the bits it has in its tile."""
+    if is_ranked:
+        return "dot", configuration(image.dtype)
+    if image.dtype == torch.float32:
         return "product", READ
-    return "dot", configuration(image.dtype)
+    return "dot", configuration(image.dtype, kernel)
 
 
 class _Gradients:
@@ -231,7 +242,7 @@ def contrastive_statistics_backward(
     of_columns = [vector.contiguous() for vector in (text_labels, column_lse, grad_column)]
     factor = _factor(grad_row, grad_column, grad_positive) if image.dtype == torch.float16 else None
     gradients = _Gradients(image, text, image_grad, text_grad)
-    source, tile = _source(image)
+    source, tile = _source(image, "gradient", False)
     shape = panel_shape(n, num_texts, workspace_bytes // image.dtype.itemsize, tile)
     panels = image.new_empty(shape)
     with on(image):
@@ -283,7 +294,7 @@ def sigmoid_contrastive(
     )
     with_grads = image_grad or text_grad
     gradients = _Gradients(image, text, image_grad, text_grad)
-    source, tile = _source(image, image_pairs, text_pairs)
+    source, tile = _source(image, "", bool(image_pairs.numel() or text_pairs.numel()))
     holds = with_grads or source == "product"
     bytes_each = (image.dtype.itemsize if holds else 0) + 16 / (tile.rows * tile.columns)
     shape = panel_shape(n, num_texts, int(workspace_bytes / bytes_each), tile)

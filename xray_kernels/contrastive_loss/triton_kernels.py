@@ -243,7 +243,7 @@ def softmax_part(tile, lse, weight):
 @triton.jit
 def gradient_of(
     tile, image_labels, text_labels, row_lse, column_lse, grad_row, grad_column, grad_positive, factor, panel, panel_row,
-    r, c, rows, columns,
+    first, r, c, rows, columns,
 ):  # fmt: skip
     """Write the gradient of some logits to the panel."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
@@ -259,8 +259,8 @@ def gradient_of(
     positive = positives_of(image_labels, text_labels, r, c, rows, columns, inside)
     weight = tl.load(grad_positive + r, mask=r < rows, other=0.0).to(tl.float32) * unit
     grad += tl.where(positive, weight[:, None], 0.0)
-    at = panel + r.to(tl.int64)[:, None] * panel_row + c[None, :]
-    tl.store(at, grad.to(panel.dtype.element_ty), mask=inside)
+    at = panel + first.to(tl.int64) * panel_row  # and offsets of 32 bits from there, which take fewer registers
+    tl.store(at + ((r - first)[:, None] * panel_row + c[None, :]), grad.to(panel.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -271,7 +271,7 @@ def gradient_kernel(
     SOURCE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of the logits, times `factor` where there is one, into the panel."""
-    _, j, r = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    i, j, r = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     if SOURCE == "dot":
         tile = product(
             image, image_row, image_column, text, text_row, text_column, scale, r, j * BLOCK_N, rows, columns,
@@ -282,14 +282,14 @@ def gradient_kernel(
             c = j * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             gradient_of(
                 parts[q], image_labels, text_labels, row_lse, column_lse, grad_row, grad_column, grad_positive, factor,
-                panel, panel_row, r, c, rows, columns,
+                panel, panel_row, i * BLOCK_M, r, c, rows, columns,
             )  # fmt: skip
     else:
         c = j * BLOCK_N + tl.arange(0, BLOCK_N)
         tile = read(logits, logits_row, scale, r, c, rows, columns, SOURCE)
         gradient_of(
             tile, image_labels, text_labels, row_lse, column_lse, grad_row, grad_column, grad_positive, factor, panel,
-            panel_row, r, c, rows, columns,
+            panel_row, i * BLOCK_M, r, c, rows, columns,
         )  # fmt: skip
 
 
