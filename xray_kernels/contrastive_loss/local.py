@@ -24,6 +24,7 @@ from xray_kernels.contrastive_loss.tiling import wide_dtype
 
 _TRITON = "xray_kernels.contrastive_loss.triton"
 
+
 def _fake_pairs(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return image.new_empty(image.shape[0], dtype=wide_dtype(image.dtype))
 

@@ -1,4 +1,4 @@
-"""Small arguments of the contrastive ops, on which an implementation is compared with the reference before first use."""
+"""Small arguments of the contrastive ops, on which an implementation is compared with the reference at first use."""
 
 from __future__ import annotations
 

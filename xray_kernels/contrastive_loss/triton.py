@@ -1,3 +1,39 @@
+"""The contrastive losses on GPUs by Triton, with the library's matrix products.
+
+A panel is some rows by some columns of the n x N logits, as large and as square as the workspace allows.
+Forward. A program multiplies one tile of a panel and leaves, for each of its rows and columns, the largest logit and
+the sum of exponentials beside it, and for rows the sum of positives; `merge_kernel` reduces these in float64 in a fixed
+order. Logits leave the chip only where they are kept. Ranks are counted by sums of integers, exact in any order.
+Backward. A program computes its tile again (or reads what was kept) and writes dS, rounded to the features' dtype, to
+the panel; the library then adds panel @ T and panel^T @ I to sums in float32, which become the gradients at the end. The
+scale's gradient is sum(dI * I), as in the reference. SigLIP writes dS in its only pass.
+float32: the library makes the logits as well, into the panel (or to where they are kept), as Triton's product without
+matrix units is several times slower; but with ranks the tiles are multiplied here, for a pair must have their bits.
+
+With n = N = 65,536, D = 768, half types, U = 2 n N D = 6.6e12 and 256 MiB (six by six panels of at most 11,008^2):
+    FLOPs  CLIP U forward, 3U backward (2U by the library); SigLIP 3U (2U by the library)
+    bytes  forward, on Hopper: features from L2 2 n N D (1 / 128 + 1 / 256) = 77 GB; partial sums n N (12 / 256 + 8 / 128) = 0.47 GB, written and
+           read. Backward: the panel written once and read twice, 6 n N = 26 GB; sums of gradients 8 D (n 6 + N 6) =
+           4.8 GB. A product with a panel has 768 operations for each byte of it, an H100 295 for each byte of memory:
+           it is bound by its operations.
+    memory the panel, and partial sums, within the workspace; else outputs, and for half types float32 sums of gradients
+Lost, by count and not by measurement: a backward without panels. It would spare their 26 GB, but a program holds
+either its part of dI or of dT, not both: 2 recomputations instead of 1 (CLIP 5U), or atomics, which are not deterministic; and
+128 rows of 768 channels in float32 are 1.5 times all registers of a multiprocessor. Panels small enough for L2 (4,096^2)
+would spare reads of panels, but add up gradients 2.7 times as often and leave a third of an H100 idle in each product.
+One exponential a logit instead of two, beside the largest of the whole tile, saves a sixth of what follows the product
+and loses digits of the log-sum-exp that the scale multiplies.
+
+Precision. bfloat16 has float32's range, and dS its 8 bits, as every backward by matrix units has them. In float16 dS is
+multiplied by a power of two: SigLIP's, at most 1, by 2^15; CLIP's, sums of three terms, by the one that brings the
+largest incoming gradient to [2^13, 2^14). What is lost is below 2^-39 of the largest (2^-40 for SigLIP): over 65,536
+texts 2^-23 of it at most.
+
+No floating-point atomics, no host synchronisation, nothing that depends on values: two runs have the same bits, and a
+CUDA graph replays. Strides may be anything. Tiles are chosen by what compiles without spills on sm_80, sm_90 and
+sm_100; nothing here is measured on a GPU.
+"""
+
 from __future__ import annotations
 
 import math
@@ -25,15 +61,17 @@ UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
 """A logit is rounded before anything is subtracted from it: the largest term of a sum of exponentials is exactly 1, the
 loss of one pair exactly 0, and a pair's logit the same number wherever it is computed."""
 GROUP = 16
+"""Tiles of images that programs which run together share."""
 BROADEST = 2**23
 """Columns of a panel, so that offsets within a row of tiles fit 32 bits."""
 SIGMOID_FACTOR = {torch.float16: 2.0**15}
+"""By which SigLIP's dS, at most 1, is multiplied, so that float16 does not lose improbable pairs."""
 MERGED, STEP = 32, 32
 """Rows or columns of a program that merges partial log-sum-exps, and partials it reads at a time."""
 
 
 class Tile(NamedTuple):
-    """How a kernel over tiles of logits is launched."""
+    """How a kernel over tiles of logits is launched; `depth` is the channels of a step."""
 
     rows: int
     columns: int
@@ -56,16 +94,25 @@ READ = Tile(64, 128, 16, 4, 1)
 """For logits that lie in memory."""
 
 
-def configuration(dtype: torch.dtype, kernel: str = "") -> Tile:
-    """For logits that are multiplied in the kernel.
+def architecture(image: Tensor) -> int:
+    """Such as 90 for Hopper; 0 without a GPU."""
+    if not image.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(image.device)
+    return 10 * major + minor
 
-    Wide tiles read less from L2, but only "statistics" (16 warps) and "gradient" (8) hold them in registers. All other
+
+def configuration(dtype: torch.dtype, kernel: str = "", device: int = 0) -> Tile:
+    """For logits that are multiplied in the kernel, on an architecture `device`.
+
+    Wide tiles read less from L2, but only "gradient" and, on Hopper, "statistics" hold them in registers. All other
     kernels have one tile for each dtype, whatever the sizes: a pair's logit must have the bits it has in its tile.
     """
     if dtype == torch.float32:
         return Tile(64, 64, 16, 8, 1)
-    warps = {"statistics": 16, "gradient": 8}.get(kernel)
-    return Tile(128, 256, 64, warps, 3) if warps else Tile(128, 128, 64, 8, 3)
+    if kernel == "gradient":
+        return Tile(128, 256, 64, 8, 3)
+    return Tile(128, 256, 64, 16, 3) if kernel == "statistics" and device == 90 else Tile(128, 128, 64, 8, 3)
 
 
 def panel_shape(rows: int, columns: int, elements: int, tile: Tile) -> tuple[int, int]:
@@ -168,9 +215,9 @@ def contrastive_statistics(
             row_partials, column_partials = partials, partials[3 * rows * broad :]
             kernels.statistics_kernel[(tall * broad,)](
                 *_matrices(image[r], text[c]), logit_scale, logits if is_kept or source == "product" else None,
-                logits.stride(0), image_labels[r], text_labels[c], _some(image_pairs, r), _some(text_pairs, c), _some(image_ranks, r), _some(text_ranks, c),
-                row_partials, column_partials, rows, columns, D=width, GROUP=GROUP, SOURCE=source, STORE=is_kept,
-                **tile.arguments(),
+                logits.stride(0), image_labels[r], text_labels[c], _some(image_pairs, r), _some(text_pairs, c),
+                _some(image_ranks, r), _some(text_ranks, c), row_partials, column_partials, rows, columns, D=width,
+                GROUP=GROUP, SOURCE=source, STORE=is_kept, **tile.arguments(),
             )  # fmt: skip
             for of_rows, lse, sums, count, length, is_first in (
                 (row_partials, row_lse[r], positive[r], broad, rows, c.start == 0),
@@ -189,7 +236,7 @@ def _source(image: Tensor, kernel: str, is_ranked: bool) -> tuple[str, Tile]:
         return "dot", configuration(image.dtype)
     if image.dtype == torch.float32:
         return "product", READ
-    return "dot", configuration(image.dtype, kernel)
+    return "dot", configuration(image.dtype, kernel, architecture(image))
 
 
 class _Gradients:

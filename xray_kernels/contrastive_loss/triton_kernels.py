@@ -1,7 +1,7 @@
 """Triton kernels of the contrastive losses; `triton.py` launches them and tells the story.
 
-All work on a panel, some rows by some columns of the logits, cut into tiles of BLOCK_M images by BLOCK_N texts. Pointers
-come at the panel's first row and column, so that indices fit 32 bits; what is multiplied by a stride has 64.
+All work on a panel, some rows by some columns of the logits, cut into tiles of BLOCK_M images by BLOCK_N texts.
+Pointers come at the panel's first row and column, so that indices fit 32 bits; what is multiplied by a stride has 64.
 """
 
 from __future__ import annotations
@@ -123,15 +123,13 @@ def statistics_of(
     tile, logits, panel_row, image_labels, text_labels, image_pairs, text_pairs, image_ranks, text_ranks,
     column_partials, i, r, c, rows, columns, BLOCK_M: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """What `statistics_kernel` does with some logits; of rows it returns the largest, the sum of exponentials beside it,
-    and the sum of positives."""
+    """What `statistics_kernel` does with some logits. Of rows it returns the largest, the sum of exponentials beside
+    it, and the sum of positives."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     if STORE:
         tl.store(logits + r.to(tl.int64)[:, None] * panel_row + c[None, :], tile, mask=inside)
     positive = positives_of(image_labels, text_labels, r, c, rows, columns, inside)
-    count_ranks(
-        tile, inside & (positive == 0), image_pairs, text_pairs, image_ranks, text_ranks, r, c, rows, columns
-    )
+    count_ranks(tile, inside & (positive == 0), image_pairs, text_pairs, image_ranks, text_ranks, r, c, rows, columns)
     found = tl.sum(tl.where(positive, tile, 0.0), 1)
     tile = tl.where(inside, tile, float("-inf"))
     top = tl.where(c < columns, tl.max(tile, 0), 0.0)
@@ -167,8 +165,8 @@ def statistics_kernel(
         for q in tl.static_range(4):
             c = j * BLOCK_N + q * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             part_top, part_total, part_found = statistics_of(
-                parts[q], logits, panel_row, image_labels, text_labels, image_pairs, text_pairs, image_ranks, text_ranks,
-                column_partials, i, r, c, rows, columns, BLOCK_M, STORE,
+                parts[q], logits, panel_row, image_labels, text_labels, image_pairs, text_pairs, image_ranks,
+                text_ranks, column_partials, i, r, c, rows, columns, BLOCK_M, STORE,
             )  # fmt: skip
             larger = tl.maximum(top, part_top)
             # rows past the last have no logits at all
@@ -242,8 +240,8 @@ def softmax_part(tile, lse, weight):
 
 @triton.jit
 def gradient_of(
-    tile, image_labels, text_labels, row_lse, column_lse, grad_row, grad_column, grad_positive, factor, panel, panel_row,
-    first, r, c, rows, columns,
+    tile, image_labels, text_labels, row_lse, column_lse, grad_row, grad_column, grad_positive, factor, panel,
+    panel_row, first, r, c, rows, columns,
 ):  # fmt: skip
     """Write the gradient of some logits to the panel."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
@@ -317,9 +315,7 @@ def sigmoid_of(
     """Sums over rows of the loss of some logits, and of its gradient, which goes to the panel, where there is one."""
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     positive = positives_of(image_labels, text_labels, r, c, rows, columns, inside)
-    count_ranks(
-        tile, inside & (positive == 0), image_pairs, text_pairs, image_ranks, text_ranks, r, c, rows, columns
-    )
+    count_ranks(tile, inside & (positive == 0), image_pairs, text_pairs, image_ranks, text_ranks, r, c, rows, columns)
     # with x = -z (S + bias), the loss is log(1 + exp x) and its gradient -z / (1 + exp -x)
     x = tile + tl.load(bias).to(tl.float32)
     x = tl.where(positive, -x, x)
