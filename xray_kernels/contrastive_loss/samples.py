@@ -34,8 +34,8 @@ def samples(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[tup
         if name == "contrastive_pairs":
             yield image[:num_texts], text[:n], scale
             continue
-        labels = [torch.randint(60, (rows,), generator=generator).int().to(device) for rows in (n, num_texts)]
-        pairs = [
+        labels: Any = [torch.randint(60, (rows,), generator=generator).int().to(device) for rows in (n, num_texts)]
+        pairs: Any = [
             torch.linspace(-2.0, 2.0, rows if with_ranks else 0, device=device, dtype=wide) for rows in (n, num_texts)
         ]
         if name == "sigmoid_contrastive":
@@ -46,8 +46,9 @@ def samples(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[tup
         if name == "contrastive_statistics":
             yield image, text, scale, *labels, *pairs, kept_rows, workspace_bytes
             continue
+        nothing = pairs[0][:0]
         row_lse, column_lse, _, _, _, kept = reference.contrastive_statistics(
-            image, text, scale, *labels, *(pair[:0] for pair in pairs), kept_rows, workspace_bytes
+            image, text, scale, labels[0], labels[1], nothing, nothing, kept_rows, workspace_bytes
         )
         grads = (normal(rows).to(device, torch.float64) / rows for rows in (n, num_texts, n))
         yield image, text, scale, *labels, row_lse, column_lse, kept, *grads, workspace_bytes, True, True

@@ -5,24 +5,24 @@ Forward. A program multiplies one tile of a panel and leaves, for each of its ro
 the sum of exponentials beside it, and for rows the sum of positives; `merge_kernel` reduces these in float64 in a fixed
 order. Logits leave the chip only where they are kept. Ranks are counted by sums of integers, exact in any order.
 Backward. A program computes its tile again (or reads what was kept) and writes dS, rounded to the features' dtype, to
-the panel; the library then adds panel @ T and panel^T @ I to sums in float32, which become the gradients at the end. The
-scale's gradient is sum(dI * I), as in the reference. SigLIP writes dS in its only pass.
+the panel; the library then adds panel @ T and panel^T @ I to sums in float32, which become the gradients at the end.
+The scale's gradient is sum(dI * I), as in the reference. SigLIP writes dS in its only pass.
 float32: the library makes the logits as well, into the panel (or to where they are kept), as Triton's product without
 matrix units is several times slower; but with ranks the tiles are multiplied here, for a pair must have their bits.
 
 With n = N = 65,536, D = 768, half types, U = 2 n N D = 6.6e12 and 256 MiB (six by six panels of at most 11,008^2):
     FLOPs  CLIP U forward, 3U backward (2U by the library); SigLIP 3U (2U by the library)
-    bytes  forward, on Hopper: features from L2 2 n N D (1 / 128 + 1 / 256) = 77 GB; partial sums n N (12 / 256 + 8 / 128) = 0.47 GB, written and
-           read. Backward: the panel written once and read twice, 6 n N = 26 GB; sums of gradients 8 D (n 6 + N 6) =
-           4.8 GB. A product with a panel has 768 operations for each byte of it, an H100 295 for each byte of memory:
-           it is bound by its operations.
+    bytes  forward, on Hopper: features from L2 2 n N D (1 / 128 + 1 / 256) = 77 GB; partial sums
+           n N (12 / 256 + 8 / 128) = 0.47 GB, written and read. Backward: the panel written once and read twice,
+           6 n N = 26 GB; sums of gradients 8 D (n 6 + N 6) = 4.8 GB. A product with a panel has 768 operations for each
+           byte of it, an H100 295 for each byte of memory: it is bound by its operations.
     memory the panel, and partial sums, within the workspace; else outputs, and for half types float32 sums of gradients
 Lost, by count and not by measurement: a backward without panels. It would spare their 26 GB, but a program holds
-either its part of dI or of dT, not both: 2 recomputations instead of 1 (CLIP 5U), or atomics, which are not deterministic; and
-128 rows of 768 channels in float32 are 1.5 times all registers of a multiprocessor. Panels small enough for L2 (4,096^2)
-would spare reads of panels, but add up gradients 2.7 times as often and leave a third of an H100 idle in each product.
-One exponential a logit instead of two, beside the largest of the whole tile, saves a sixth of what follows the product
-and loses digits of the log-sum-exp that the scale multiplies.
+either its part of dI or of dT, not both: 2 recomputations instead of 1 (CLIP 5U), or atomics, which are not
+deterministic; and 128 rows of 768 channels in float32 are 1.5 times all registers of a multiprocessor. Panels small
+enough for L2 (4,096^2) would spare reads of panels, but add up gradients 2.7 times as often, by products of 96 tiles of
+128 x 256 for 132 multiprocessors. One exponential a logit instead of two, beside the largest of the whole tile, would
+lose digits of the log-sum-exp that the scale multiplies.
 
 Precision. bfloat16 has float32's range, and dS its 8 bits, as every backward by matrix units has them. In float16 dS is
 multiplied by a power of two: SigLIP's, at most 1, by 2^15; CLIP's, sums of three terms, by the one that brings the
