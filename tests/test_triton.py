@@ -39,7 +39,7 @@ TYPES = {
     [
         ("triton_interpreted.py", 60),
         ("triton_interpreted_attention.py", 80),
-        ("triton_interpreted_contrastive.py", 110),
+        ("triton_interpreted_contrastive.py", 120),
     ],
 )
 def test_interpreted_kernels(file: str, least: int) -> None:
