@@ -25,6 +25,7 @@ SHAPES = {
 }
 """B, N, C, K."""
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -33,7 +34,14 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize(("file", "least"), [("triton_interpreted.py", 60), ("triton_interpreted_attention.py", 80)])
+@pytest.mark.parametrize(
+    ("file", "least"),
+    [
+        ("triton_interpreted.py", 60),
+        ("triton_interpreted_attention.py", 80),
+        ("triton_interpreted_contrastive.py", 120),
+    ],
+)
 def test_interpreted_kernels(file: str, least: int) -> None:
     """All of a file, in a process whose Triton interprets."""
     done = subprocess.run(
@@ -184,6 +192,32 @@ def every_attention(dtype: torch.dtype, architecture: int) -> None:
         attention_both_directions(shape)
 
 
+def contrastive_both_directions(dtype: torch.dtype, width: int, kept_rows: int, with_ranks: bool) -> None:
+    """Every op of the contrastive losses on meta tensors, for 65,536 pairs or, with logits that are kept, fewer."""
+    from xray_kernels.contrastive_loss import triton as kernels
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, workspace = 65536, 2**28
+    image, text, scale = empty(n, width), empty(n, width), empty(dtype=torch.float32)
+    labels = (empty(n, dtype=torch.int32),) * 2
+    pairs = (kernels.contrastive_pairs(image, text, scale) if with_ranks else empty(0, dtype=torch.float32),) * 2
+    kernels.sigmoid_contrastive(image, text, scale, scale, *labels, *pairs, workspace, True, True)
+    row_lse, column_lse, positive, _, _, kept = kernels.contrastive_statistics(
+        image, text, scale, *labels, *pairs, kept_rows, workspace
+    )
+    kernels.contrastive_statistics_backward(
+        image, text, scale, *labels, row_lse, column_lse, kept, row_lse, column_lse, positive, workspace, True, True
+    )
+
+
+def every_contrastive(dtype: torch.dtype, architecture: int) -> None:
+    contrastive_both_directions(dtype, 768, 0, False)
+    if architecture == 90:
+        contrastive_both_directions(dtype, 768, 256, True)
+
+
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
 """The most shared memory that a block of threads can have."""
 
@@ -248,6 +282,19 @@ def test_attention_kernels_compile_without_spills(
     found = launches(monkeypatch, functools.partial(every_attention, dtype, architecture))
     names = {launch.kernel.__name__ for launch in found}
     assert len(names) == 6 + (dtype == torch.bfloat16), names
+    assert_fits(found, architecture, tmp_path)
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contrastive_kernels_compile_without_spills(
+    dtype: torch.dtype, architecture: int, compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """float16 differs from bfloat16 by one multiplication, and other widths by the length of one loop."""
+    monkeypatch.setattr("xray_kernels.contrastive_loss.triton.architecture", lambda image: architecture)
+    found = launches(monkeypatch, functools.partial(every_contrastive, dtype, architecture))
+    names = {launch.kernel.__name__ for launch in found}
+    assert len(names) == 5 + (architecture == 90), names
     assert_fits(found, architecture, tmp_path)
 
 

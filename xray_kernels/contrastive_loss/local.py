@@ -22,6 +22,8 @@ from xray_kernels import _library
 from xray_kernels.contrastive_loss import reference
 from xray_kernels.contrastive_loss.tiling import wide_dtype
 
+_TRITON = "xray_kernels.contrastive_loss.triton"
+
 
 def _fake_pairs(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return image.new_empty(image.shape[0], dtype=wide_dtype(image.dtype))
@@ -180,6 +182,7 @@ contrastive_pairs = _library.define(
     fake=_fake_pairs,
     backward=_backward_pairs,
     setup_context=_setup_pairs,
+    triton=_TRITON,
 )
 contrastive_statistics_backward = _library.define(
     "contrastive_statistics_backward(Tensor image, Tensor text, Tensor logit_scale, Tensor image_labels,"
@@ -187,6 +190,7 @@ contrastive_statistics_backward = _library.define(
     " Tensor grad_positive, SymInt workspace_bytes, bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
     reference=reference.contrastive_statistics_backward,
     fake=_fake_statistics_backward,
+    triton=_TRITON,
 )
 contrastive_statistics = _library.define(
     "contrastive_statistics(Tensor image, Tensor text, Tensor logit_scale, Tensor image_labels, Tensor text_labels,"
@@ -196,6 +200,7 @@ contrastive_statistics = _library.define(
     fake=_fake_statistics,
     backward=_backward_statistics,
     setup_context=_setup_statistics,
+    triton=_TRITON,
 )
 sigmoid_contrastive_backward = _library.define(
     "sigmoid_contrastive_backward(Tensor grad, Tensor grad_image, Tensor grad_text, Tensor grad_scale,"
@@ -211,4 +216,5 @@ sigmoid_contrastive = _library.define(
     fake=_fake_sigmoid,
     backward=_backward_sigmoid,
     setup_context=_setup_sigmoid,
+    triton=_TRITON,
 )

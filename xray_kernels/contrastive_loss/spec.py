@@ -113,6 +113,15 @@ def _case(
     return Case(name, make)
 
 
+def _equal_thrice(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Inputs:
+    """Exact logits of up to 2^15, three of which are equal: their log-sum-exp, 2^15 + log 3, is no float32 number."""
+    rows = 2.0 * torch.randint(2, (4, 64), generator=generator) - 1
+    features = rows.repeat(3, 1).to(device, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    scale = torch.tensor(2.0**9, dtype=wide, device=device)
+    return {"image_features": features, "text_features": features.clone(), "logit_scale": scale}
+
+
 def _cases(bias: float | None) -> tuple[Case, ...]:
     """The same sample inputs for both losses; SigLIP's have a bias."""
     return (
@@ -164,7 +173,7 @@ LOSSES = (
         name="clip_loss",
         function=clip_loss,
         composition=compose_clip,
-        cases=_cases(bias=None),
+        cases=(*_cases(bias=None), Case("log-sum-exps that are no float32 numbers", _equal_thrice)),
         traffic=_traffic,
         flops=lambda inputs: (_product(inputs), 3 * _product(inputs)),
     ),
