@@ -60,12 +60,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     comparisons = [comparison for found in MEASURED.values() for comparison in found]
     if not comparisons:
         return
-    terminalreporter.section(f"benchmarks on {results.device_name(harness.DEVICE)}")
-    terminalreporter.write_line(table.terminal(comparisons))
     chosen = bool(config.option.keyword) or any("::" in argument for argument in config.args)
+    lines = []  # files first: they took long to measure
     for op, found in MEASURED.items():
         if chosen or len(found) < COLLECTED[op]:
-            terminalreporter.write_line(f"{op}: only a part ran, so its result file is left as it was")
+            lines.append(f"{op}: only a part ran, so its result file is left as it was")
         else:
             file = results.write(results.RESULTS, results.record(op, harness.DEVICE, found))
-            terminalreporter.write_line(f"{op}: wrote {file.relative_to(results.ROOT)}")
+            lines.append(f"{op}: wrote {file.relative_to(results.ROOT)}")
+    terminalreporter.section(f"benchmarks on {results.device_name(harness.DEVICE)}")
+    terminalreporter.write_line(table.terminal(comparisons))
+    for line in lines:
+        terminalreporter.write_line(line)

@@ -109,7 +109,9 @@ def row(comparison: Comparison, timing: Timing) -> Row | None:
         return None
     baseline = comparison.peers[0]
     median = statistics.median(timing.samples)
-    low, _, high = statistics.quantiles(timing.samples, n=4, method="inclusive")
+    low = high = median  # of one sample
+    if len(timing.samples) > 1:
+        low, _, high = statistics.quantiles(timing.samples, n=4, method="inclusive")
     least = max(
         statistics.median(comparison.copy_samples),
         statistics.median(comparison.matmul_samples) * comparison.flops / comparison.matmul_flops,

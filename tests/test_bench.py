@@ -270,6 +270,9 @@ def test_numbers_of_a_row() -> None:
     assert ours is not None
     assert (ours.median, ours.ratio, ours.gb_per_s, ours.roofline) == pytest.approx((0.002, 2.0, 0.5, 0.5))
     assert (ours.low, ours.high) == pytest.approx((0.0015, 0.0025))
+    once = results.row(c, replace(c.peers[1], samples=[0.003]))
+    assert once is not None
+    assert (once.low, once.median, once.high) == (0.003, 0.003, 0.003)
     bound_by_arithmetic = replace(c, flops=1_500_000)
     slower = results.row(bound_by_arithmetic, c.peers[1])
     assert slower is not None
