@@ -98,8 +98,9 @@ def make_inputs(spec: OpSpec, n: int, dtype: torch.dtype) -> Inputs:
 @pytest.mark.parametrize("spec", [CLIP, SIGLIP], ids=lambda spec: spec.name)
 def test_contrastive_loss(spec: OpSpec, n: int, dtype: torch.dtype, direction: str, bench: Bench) -> None:
     alone = n in ALONE
-    if alone and (dtype != torch.bfloat16 or direction != DIRECTIONS[1] or (spec is SIGLIP and n != ALONE[0])):
-        pytest.skip("at this size what matters is the loss and its gradients in bfloat16")
+    few = dtype == torch.bfloat16 and direction == DIRECTIONS[1] and (spec is CLIP or (ON_GPU and n == ALONE[0]))
+    if alone and not few:
+        pytest.skip("at this size, where one round takes long, CLIP's loss and its gradients in bfloat16 say enough")
     size = n if bench.full else SMOKE
     # enough pairs to be right on, where the float64 oracle of all of them would not fit
     checked = make_inputs(spec, min(size, CHECKED), dtype)
