@@ -9,15 +9,13 @@ float32, which is the faster way to use them.
 from __future__ import annotations
 
 import functools
-import importlib.util
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.harness import DEVICE, DIRECTIONS, Bench, Peer, fastest_matmul, ours
+from bench.peers import open_clip_losses
 from bench.results import MATMUL, Target
 from xray_kernels.contrastive_loss.spec import CLIP, SIGLIP, sample_features
 from xray_kernels.testing import Inputs, OpSpec
@@ -28,28 +26,14 @@ COMPARED, ALONE = ((32_768,), (65_536, 262_144)) if ON_GPU else ((8_192,), (65_5
 SMOKE, CHECKED = 24, 600
 DTYPES = [torch.bfloat16] if ON_GPU else [torch.float32, torch.bfloat16]
 OPEN_CLIP, INF_CL = "open_clip", "Inf-CL"
-
-
-@functools.cache
-def open_clip_losses() -> Any:
-    """open_clip's `loss.py` alone: its package imports torchvision."""
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    file = Path(package.submodule_search_locations[0]) / "loss.py"
-    spec = importlib.util.spec_from_file_location("open_clip_loss", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+theirs = functools.cache(open_clip_losses)
 
 
 def open_clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, **bias: Tensor) -> Tensor:
     """Its loss on one process, in the features' dtype or in float32 where that is faster."""
     name = "SigLipLoss" if bias else "ClipLoss"
     dtype = fastest_matmul(image_features.dtype)
-    return getattr(open_clip_losses(), name)()(image_features.to(dtype), text_features.to(dtype), logit_scale, **bias)
+    return getattr(theirs(), name)()(image_features.to(dtype), text_features.to(dtype), logit_scale, **bias)
 
 
 def inf_cl(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:

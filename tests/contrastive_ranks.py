@@ -5,15 +5,13 @@ They are forked from one that has imported PyTorch, which takes each of them sec
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from test_contrastive_loss import peak_bytes
+from memory import peak_bytes
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.peers import open_clip_losses
 from xray.ops import ClipLoss, SigLipLoss, clip_loss, clip_loss_with_ranks, siglip_loss, siglip_loss_with_ranks
 from xray.patch import replace_forward
 from xray_kernels.contrastive_loss import across_ranks, distributed, exchange, tiling
@@ -91,21 +90,6 @@ def differentiate(loss: Tensor, values: list[Tensor], upstream: float) -> dict[s
     grads = torch.autograd.grad(loss, values, torch.full_like(loss, upstream), allow_unused=True)
     names = ("image", "text", "scale", "bias")
     return {"loss": loss.detach(), **{k: v for k, v in zip(names, grads, strict=False) if v is not None}}
-
-
-def open_clip_losses() -> Any:
-    """open_clip's `loss.py` alone, as its package imports torchvision; None where it is not installed."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        return None
-    spec = importlib.util.spec_from_file_location(
-        "open_clip_loss", Path(package.submodule_search_locations[0]) / "loss.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def compute_functions(rank: int, groups: dict[str, Any]) -> Found:

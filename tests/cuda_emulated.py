@@ -6,7 +6,8 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def cuda_include() -> Path | None:
     nvcc = shutil.which("nvcc")
     homes = (os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda")
     return next((Path(h, "include") for h in homes if h and Path(h, "include/cuda_fp16.h").exists()), None)
+
+
+@contextmanager
+def emulating(kernels: ctypes.CDLL) -> Iterator[SetGpu]:
+    """Uninitialised tensors are filled with NaN; yields what sets the GPU, which has four processors at first."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        kernels.set_emulated_gpu(4, 0)
+        yield kernels.set_emulated_gpu
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def load(family: str, ops: list[str], folder: Path) -> tuple[torch.library.Library, ctypes.CDLL]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from memory import needs_account, run_measured
 from torch.nn import functional as F
 
 from xray import ops
@@ -296,28 +294,24 @@ def test_autocast_of_the_caller_changes_nothing() -> None:
 
 
 PEAK_MEMORY = """
-import ctypes, sys, torch
 from xray import ops
 dtype = getattr(torch, sys.argv[1])
-ctypes.CDLL(None).mallopt(-3, 128 << 10)  # blocks of 128 KiB and more go back to the system when freed
-
-def status(field):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
 
 def step(direction, *shape):
     query, key, value = (torch.randn(*shape, dtype=dtype).requires_grad_() for _ in range(3))
     grad = torch.randn(*shape, dtype=dtype)
     grad_scores = torch.ones(shape[0], shape[2] - 1)
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
-    before = status("VmRSS")
-    if direction == "forward":
-        with torch.no_grad():
+
+    def run():
+        with torch.set_grad_enabled(direction == "both"):
             out = ops.attention_with_scores(query, key, value)
-    else:
-        out = ops.attention_with_scores(query, key, value)
-        out += torch.autograd.grad(out, (query, key, value), (grad, grad_scores))
+        if direction == "both":
+            out += torch.autograd.grad(out, (query, key, value), (grad, grad_scores))
+        return out
+
+    peak, out = peak_of(run)
     operands = (query, key, value, *out, *([grad] if direction == "both" else []))
-    return (status("VmHWM") - before) / sum(x.numel() * x.element_size() for x in operands)
+    return peak / sum(x.numel() * x.element_size() for x in operands)
 
 step("both", 1, 2, 300, 64)  # threads and libraries are there
 for direction in ("forward", "both"):  # what the process takes for other reasons meanwhile is not the call's
@@ -325,7 +319,7 @@ for direction in ("forward", "both"):  # what the process takes for other reason
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+@needs_account
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory(dtype: str) -> None:
     """At 2 x 12 x 1569 x 64 the N x N matrix would be 3 to 12 times the operands. What a call takes beside them, with
@@ -333,7 +327,6 @@ def test_peak_memory(dtype: str) -> None:
     thread holds one head's keys and values as floats."""
     if "cpu" not in _library.implementation("attention", "cpu"):
         pytest.skip("the reference materialises the matrix")
-    done = subprocess.run([sys.executable, "-c", PEAK_MEMORY, dtype], capture_output=True, text=True, check=True)
-    forward, both = map(float, done.stdout.splitlines())
+    forward, both = map(float, run_measured(PEAK_MEMORY, dtype))
     assert 1 / 4 * 0.9 < forward < 1 / 4 + 0.1
     assert 4 / 8 * 0.9 < both < 4 / 8 + 0.05

@@ -6,15 +6,13 @@ processes in test_contrastive_loss_ranks.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory import needs_account, peak_bytes, run_measured
 from torch import Tensor
 
 from xray.ops import ClipLoss, SigLipLoss, clip_loss, clip_loss_with_ranks, siglip_loss, siglip_loss_with_ranks
@@ -41,19 +39,6 @@ def call(function: Callable[..., Tensor], image: Tensor, text: Tensor, scale: An
 
 
 BOTH = pytest.mark.parametrize("function", [clip_loss, siglip_loss], ids=["clip", "siglip"])
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's CPU allocator held inside `run`, beyond those before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results: Any = profiler.profiler
-    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize(
@@ -384,39 +369,31 @@ def test_the_same_bits_whatever_the_threads(function: Callable[..., Tensor], imp
 
 
 PEAK_MEMORY = """
-import ctypes, sys, torch
 from xray import ops
 from xray_kernels.contrastive_loss.spec import sample_features
 name, dtype, n, width = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-ctypes.CDLL(None).mallopt(-3, 128 << 10)  # blocks of 128 KiB and more go back to the system when freed
-
-def status(field):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
 
 def step(n):
     values = sample_features(n, width, (dtype, torch.device("cpu"), torch.Generator().manual_seed(0)))
     image, text = (value.requires_grad_() for value in values.values())
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
-    before = status("VmRSS")
-    loss = getattr(ops, name)(image, text, 14.3, *([-10.0] if name == "siglip_loss" else []))
-    loss.backward()
-    return status("VmHWM") - before - (image.nbytes + text.nbytes)
+    bias = [-10.0] if name == "siglip_loss" else []
+    peak, _ = peak_of(lambda: getattr(ops, name)(image, text, 14.3, *bias).backward())
+    return peak - (image.nbytes + text.nbytes)
 
 step(1000)  # threads and libraries are there
 print(step(n))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+@needs_account
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @BOTH
 def test_peak_memory(function: Callable[..., Tensor], dtype: str) -> None:
     """At 10,000 pairs one float32 matrix of logits is 381 MiB; inputs and gradients apart, all takes 256 MiB."""
     if _library.implementation("contrastive_statistics", "cpu") == "reference":
         pytest.skip("the reference is bounded by what PyTorch's allocator counts, in another test")
-    command = [sys.executable, "-c", PEAK_MEMORY, function.__name__, dtype, "10000", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 2**20 < int(done.stdout) < 256 * 2**20
+    (grown,) = map(int, run_measured(PEAK_MEMORY, function.__name__, dtype, "10000", "64"))
+    assert 2**20 < grown < 256 * 2**20
 
 
 def test_clip_module_on_one_process() -> None:

@@ -49,12 +49,8 @@ def gpu(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetG
     for name in ("reorganize", "reorganize_backward", "add_reorganize_norm", "add_reorganize_norm_backward"):
         op = name if name.startswith("add") else name.replace("reorganize", "reorganize_tokens")
         monkeypatch.setattr(public, f"_{name}", getattr(torch.ops.xray_emulated, op).default)
-    torch.use_deterministic_algorithms(True)
-    try:
-        emulated.set_emulated_gpu(4, 0)
-        yield emulated.set_emulated_gpu
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with cuda_emulated.emulating(emulated) as set_gpu:
+        yield set_gpu
 
 
 def check(spec: OpSpec, inputs: Inputs, what: str, given: Inputs | None = None) -> dict[str, Tensor]:

@@ -36,12 +36,8 @@ def gpu(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetG
     """Scores beside any attention come from the emulated kernels. Uninitialised tensors are filled with NaN."""
     for name in ("class_scores", "class_scores_backward"):
         monkeypatch.setattr(ops, name, getattr(torch.ops.xray_emulated, name).default)
-    torch.use_deterministic_algorithms(True)
-    try:
-        emulated.set_emulated_gpu(4, 0)
-        yield emulated.set_emulated_gpu
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with cuda_emulated.emulating(emulated) as set_gpu:
+        yield set_gpu
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cuda_emulated import DTYPES, NAMESPACE, SetGpu
 from guards import before_a_guard
-from test_contrastive_loss import peak_bytes
+from memory import peak_bytes
 from torch import Tensor
 
 from xray_kernels.contrastive_loss import local, reference
@@ -44,12 +44,8 @@ def gpu(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetG
     """The public functions run on the emulated kernels. Uninitialised tensors are filled with NaN."""
     for name in OPS:
         monkeypatch.setattr(local, name, getattr(torch.ops.xray_emulated, name).default)
-    torch.use_deterministic_algorithms(True)
-    try:
-        emulated.set_emulated_gpu(4, 0)
-        yield emulated.set_emulated_gpu
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with cuda_emulated.emulating(emulated) as set_gpu:
+        yield set_gpu
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import peak_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,19 +43,6 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-14, msg=naming(name))
 
 
-def peak_bytes(arguments: dict[str, Any]) -> int:
-    """The most bytes that PyTorch's CPU allocator held in forward and backward, beyond those before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        differentiate(arguments)
-    results: Any = profiler.profiler
-    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_stays_within_the_workspace(dtype: torch.dtype) -> None:
     """256 x 60,000 logits would be 61 MB; gradients and the allowed workspace are all there is."""
@@ -63,7 +51,7 @@ def test_memory_stays_within_the_workspace(dtype: torch.dtype) -> None:
     gradients = sum(arguments[name].numel() * dtype.itemsize for name in ("features", "weight", "bias"))
     rows_and_entries = 256 * (4 * 4 * 2 + 100)
     workspace = 2**20
-    peak = peak_bytes({**arguments, "max_workspace_bytes": workspace})
+    peak = peak_bytes(lambda: differentiate({**arguments, "max_workspace_bytes": workspace}))
     assert gradients < peak < gradients + rows_and_entries + workspace
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton_on_cpu import interpreted
 
 from xray_kernels import _library, testing
 from xray_kernels.attention import ops, reference, triton
@@ -30,15 +31,8 @@ BY_NAME = {f"{spec.name}: {case.name}": (spec, case) for spec in SPECS for case 
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    """The Triton functions stand at the CPU key, and every uninitialised element is NaN."""
-    library = torch.library.Library(_library.NAMESPACE, "IMPL")
-    for op in OPS:
-        _library.override(library, op, _library.cuda_function(op, "triton"), "CPU")
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    library._destroy()
+    with interpreted(OPS):
+        yield
 
 
 def check(spec: OpSpec, inputs: Inputs, given: Inputs | None = None) -> None:

@@ -134,7 +134,7 @@ def replace_forward(theirs: type, ours: type) -> None:
     def forward(self: Any, image_features: Any, text_features: Any, *rest: Any, **named: Any) -> Any:
         if any(getattr(getattr(self, name), "__func__", None) is not function for name, function in parts.items()):
             return original(self, image_features, text_features, *rest, **named)
-        # made anew each time (35 us), so that settings changed after construction count
+        # made anew each time, so that settings changed after construction count
         loss = ours(**{name: getattr(self, name) for name in settings})
         device = image_features.device.type
         if torch.is_autocast_enabled(device):

@@ -269,6 +269,8 @@ def results(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, .
     """What a call on copies of `args` returns; of an op that returns nothing, its tensors after it wrote to them."""
     copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
     returned = function(*copies)
+    if isinstance(returned, torch.Tensor):
+        return (returned,)
     return returned if returned is not None else tuple(copy for copy in copies if isinstance(copy, torch.Tensor))
 
 
@@ -343,7 +345,7 @@ def cpu_capabilities() -> list[str]:
 def check_tiles(samples: Callable[[str, torch.dtype, torch.device], Iterator[tuple[Any, ...]]], *ops: str) -> None:
     """Compare ops in bfloat16 with the reference on processors with AMX, whose kernels are proved by an emulation only.
 
-    Where they disagree, the level below is used, and a warning says so. About 0.1 s for all ops, there only.
+    Where they disagree, the level below is used, and a warning says so. A few small samples, there only.
     """
     if "amx" not in cpu_capabilities():
         return

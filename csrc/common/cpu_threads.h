@@ -1,4 +1,5 @@
-// What threads of CPU kernels need: the dtype of sums, scratch of their own, tasks. Included after common/variants.h.
+// What CPU kernels need around their loops: the dtype of sums, single numbers, scratch of a thread, tasks. Included
+// after common/variants.h.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,19 @@ namespace xray {
 // Sums of elements of type T are kept in float32, those of float64 in float64.
 template <class T>
 using WideScalar = typename baseline::Wide<T>::Scalar;
+
+template <class T>
+WideScalar<T> widen(T value) {
+  const T padded[baseline::lanes<T>] = {value};
+  return baseline::load(padded)[0];
+}
+
+template <class T>
+T narrow(WideScalar<T> value) {
+  T padded[baseline::lanes<T>];
+  baseline::store(padded, typename baseline::Wide<T>::Vector{value});
+  return padded[0];
+}
 
 // The dtype that such sums have in tensors.
 inline ScalarType wide_type(const Tensor& tensor) {

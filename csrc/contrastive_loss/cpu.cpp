@@ -30,7 +30,7 @@ double scalar_of(const Tensor& tensor) {
   double value = 0;
   for_element_type(tensor, "logit_scale and logit_bias", [&](auto type) {
     using T = decltype(type);
-    value = baseline::load_some(static_cast<const T*>(tensor.const_data_ptr()), 1)[0];
+    value = widen(*static_cast<const T*>(tensor.const_data_ptr()));
   });
   return value;
 }
@@ -40,8 +40,7 @@ Tensor scalar_like(const Tensor& like, std::optional<ScalarType> type, double va
   Tensor result = torch::stable::new_empty(like, {}, type);
   for_element_type(result, "logit_scale", [&](auto type) {
     using T = decltype(type);
-    const auto vector = typename baseline::Wide<T>::Vector{} + WideScalar<T>(value);
-    baseline::store_first(static_cast<T*>(result.mutable_data_ptr()), vector, 1);
+    *static_cast<T*>(result.mutable_data_ptr()) = narrow<T>(WideScalar<T>(value));
   });
   return result;
 }
@@ -218,7 +217,7 @@ class GradientSums {
     return sums_ ? static_cast<S*>(sums_->mutable_data_ptr()) + row * channels_ : nullptr;
   }
 
-  // The sums times `factor` become the result; returns what they were times the features, summed.
+  // The sums times `factor` become the result; returns what the images' were times their features, summed.
   template <class U>
   double finish(const Features<T>& features, S factor) {
     std::vector<double> parts(blocks());
@@ -229,7 +228,7 @@ class GradientSums {
         XRAY_IF_TILES(T, if (by_tiles_) amx::sums_to_rows(at(row), here, channels_, is_text_, scratch->data()));
         parts[number] = XRAY_CALL_VARIANT(
             finish_rows, static_cast<U*>(result.mutable_data_ptr()) + row * width, width, at(row), channels_,
-            features.at(row), features.row, here, width, factor);
+            is_text_ ? nullptr : features.at(row), features.row, here, width, factor);
       };
     });
     double total = 0;
@@ -337,7 +336,7 @@ Tensor contrastive_pairs(Tensor image, Tensor text, Tensor logit_scale) {
         XRAY_CALL_VARIANT(pack_rows<T>, rows, channels, few, images.at(first), images.row, here, features, S(1));
         XRAY_CALL_VARIANT(pack_columns<T>, columns, texts.at(first), texts.row, here, features, channels, unpacked);
         XRAY_CALL_VARIANT(compute_logits<S>, block, tile);
-        for (int64_t i = 0; i < here; ++i) to[i] = tile[i * (kBlockStride) + i];
+        for (int64_t i = 0; i < here; ++i) to[i] = tile[i * kBlockStride + i];
       };
     });
   });

@@ -326,7 +326,7 @@ static void sigmoid_block(
 // ---- whole rows ----
 
 // Sums of gradients times `factor`, to their place and dtype; returns the sum over channels of these sums times the
-// features, in float64.
+// features, in float64, where these are given.
 template <class T, class U>
 static double finish_rows(
     T* to, int64_t to_row, const typename Wide<T>::Scalar* sums, int64_t sums_row, const U* features,

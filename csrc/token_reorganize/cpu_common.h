@@ -13,19 +13,6 @@
 
 namespace xray {
 
-template <class T>
-WideScalar<T> widen(T value) {
-  const T padded[baseline::lanes<T>] = {value};
-  return baseline::load(padded)[0];
-}
-
-template <class T>
-T narrow(WideScalar<T> value) {
-  T padded[baseline::lanes<T>];
-  baseline::store(padded, typename baseline::Wide<T>::Vector{value});
-  return padded[0];
-}
-
 // A vector of parameters or one row of scores, widened to S; every NaN becomes the usual one (see simd.h).
 template <class S>
 void read_row(const Tensor& tensor, const char* name, int64_t offset, int64_t stride, std::vector<S>& to) {

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from xray.train.errors import TrainError
-from xray.train.tasks import ClipTask, Task
+from xray.train.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def shard(task: Task, place: World, dtype: torch.dtype) -> None:
     for block in task.blocks():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(task, mesh=mesh)
-    if isinstance(task, ClipTask):
-        register_fsdp_forward_method(task, "encode")
+    for method in task.more_forwards:
+        register_fsdp_forward_method(task, method)
 
 
 def whole(tensor: Tensor) -> Tensor:

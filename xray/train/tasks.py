@@ -107,9 +107,11 @@ class Task(nn.Module):
 
     Attributes:
         model: the model that is trained and, in the end, saved.
+        more_forwards: methods beside `forward` that compute with parameters, where FSDP is to gather them.
     """
 
     model: nn.Module
+    more_forwards: tuple[str, ...] = ()
 
     @abstractmethod
     def inputs(self, batch: data.Batch, seed: int) -> dict[str, Any]:
@@ -210,6 +212,7 @@ class ClipTask(Task):
     """Image-text contrast over the samples of all processes."""
 
     model: models.Clip
+    more_forwards = ("encode",)
 
     def __init__(self, recipe: Recipe, tokenizer: data.Tokenizer) -> None:
         super().__init__()
@@ -241,7 +244,7 @@ class ClipTask(Task):
         return loss, self._metrics(output.logit_scale, *ranks)
 
     def encode(self, keep_rate: float | None, **inputs: Any) -> models.ClipOutput:
-        """The features alone, for `accumulate`; `distributed.shard` makes FSDP treat it as it does `forward`."""
+        """The features alone, for `accumulate`."""
         return self.model(inputs["pixels"], inputs["token_ids"], inputs["lengths"], keep_rate)
 
     def accumulate(self, keep_rate: float | None, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -123,18 +123,17 @@ class _Statistics(torch.autograd.Function):
                 block.values,
                 logit_scale,
                 matching.image_labels,
-                exchange.part(matching.text_labels, block).reshape(-1),
+                exchange.part(matching.text_labels, block),
                 image_pairs,
-                exchange.part(text_pairs, block).reshape(-1),
+                exchange.part(text_pairs, block),
                 kept_rows,
                 workspace_bytes,
             )
             row_lse = torch.logaddexp(row_lse, rows)
             positive += found
             image_ranks += ahead
-            for whole, part in ((column_lse, columns), (text_ranks, behind)):
-                place = exchange.part(whole, block)
-                place.copy_(part.view_as(place))
+            exchange.put(column_lse, block, columns)
+            exchange.put(text_ranks, block, behind)
             logits.append(kept)
             if exchange.holds_all:
                 texts.append(block.values)
@@ -169,12 +168,12 @@ class _Statistics(torch.autograd.Function):
                 block.values,
                 logit_scale,
                 image_labels,
-                exchange.part(text_labels, block).reshape(-1),
+                exchange.part(text_labels, block),
                 row_lse,
-                exchange.part(column_lse, block).reshape(-1),
+                exchange.part(column_lse, block),
                 kept_logits,
                 grad_row,
-                exchange.part(grad_column, block).reshape(-1),
+                exchange.part(grad_column, block),
                 grad_positive,
                 ctx.workspace_bytes,
                 image_needs or scale_needs,
@@ -295,9 +294,9 @@ def _sigmoid_blocks(
             logit_scale,
             logit_bias,
             image_labels,
-            exchange.part(text_labels, block).reshape(-1),
+            exchange.part(text_labels, block),
             image_pairs,
-            exchange.part(text_pairs, block).reshape(-1),
+            exchange.part(text_pairs, block),
             max_workspace_bytes,
             image_grad,
             text_grad,
@@ -306,6 +305,5 @@ def _sigmoid_blocks(
         found = [total, by_image, by_scale, by_bias]
         sums = [one.add_(other) for one, other in zip(sums, found, strict=True)] if sums else found
         image_ranks += ahead
-        place = exchange.part(text_ranks, block)
-        place.copy_(behind.view_as(place))
+        exchange.put(text_ranks, block, behind)
     return sums, image_ranks, text_ranks

@@ -72,7 +72,15 @@ class Exchange:
         raise NotImplementedError
 
     def part(self, values: Tensor, block: Block) -> Tensor:
-        """Those of (N,) numbers that belong to the texts of a block: a view (ranks, rows)."""
+        """Those of (N,) numbers that belong to the texts of a block."""
+        return self._view(values, block).reshape(-1)
+
+    def put(self, values: Tensor, block: Block, part: Tensor) -> None:
+        """Write them."""
+        place = self._view(values, block)
+        place.copy_(part.view_as(place))
+
+    def _view(self, values: Tensor, block: Block) -> Tensor:
         return values.view(self.size, values.shape[0] // self.size)[block.owners, block.rows]
 
 
