@@ -12,7 +12,14 @@ from xray.train.errors import TrainError
 from xray.train.recipes import RECIPES, Recipe
 
 TASKS = ("mae", "tags", "clip")
-PRECISIONS = ("auto", "float32", "bfloat16")
+CHOICES = {
+    "task": TASKS,
+    "precision": ("auto", "float32", "bfloat16"),
+    "optimizer": ("adamw", "lion", "lamb"),
+    "exchange": ("all_gather", "ring"),
+    "activation_checkpointing": ("none", "selective", "full"),
+}
+TRACKERS = ("wandb", "trackio")
 LARGEST_SEED = 2**63 - 1
 
 AT_LEAST_ONE = (
@@ -33,6 +40,7 @@ AT_LEAST_ONE = (
     "text_heads",
     "context_length",
     "vocab_size",
+    "shuffle_buffer",
     "keep_checkpoints",
     "log_every",
 )
@@ -45,7 +53,12 @@ AT_LEAST_ZERO = (
     "keep_rate_warmup",
     "caption_tags",
     "chunk_size",
+    "readers",
+    "shard_size",
     "checkpoint_every",
+    "keep_every",
+    "epsilon",
+    "peak_tflops",
 )
 
 WORDS = {
@@ -131,8 +144,7 @@ def _saved_settings(path: Path) -> dict[str, Any]:
         saved = {field.name: content[field.name] for field in fields(Recipe) if field.name in content}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
-    if "betas" in saved:
-        saved["betas"] = tuple(saved["betas"])
+    saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
     return {key: value for key, value in saved.items() if key not in ("out", "resume", "overwrite")}
 
 
@@ -147,11 +159,13 @@ def _convert(key: str, text: str, kind: Any) -> Any:
             return float(text)
         if kind is str:
             return text
-        first, second = text.split(",")
-        return float(first), float(second)
+        numbers = tuple(float(part) for part in text.split(",")) if text else ()
+        if key == "betas" and len(numbers) != 2:
+            raise ValueError
+        return numbers
     except (KeyError, ValueError):
         needed = {bool: "true or false", int: "a whole number", float: "a number"}.get(
-            kind, "two numbers such as 0.9,0.95"
+            kind, "two numbers such as 0.9,0.95" if key == "betas" else "numbers such as 2,1,1"
         )
         raise TrainError(f"{key} is {text!r} and must be {needed}") from None
 
@@ -162,8 +176,7 @@ def validate(recipe: Recipe) -> None:
     Raises:
         TrainError: the first value out of its range, in one sentence.
     """
-    choices = {"task": TASKS, "precision": PRECISIONS}
-    for key, allowed in choices.items():
+    for key, allowed in CHOICES.items():
         value = getattr(recipe, key)
         if value not in allowed:
             raise TrainError(
@@ -176,14 +189,21 @@ def validate(recipe: Recipe) -> None:
     _check(recipe, "seed", 0, LARGEST_SEED)
     _check(recipe, "clip_fraction", 0, 1)
     _check(recipe, "short_texts", 0, 1)
-    for key in ("keep_rate", "mask_ratio"):
-        _check(recipe, key, 0, 1)
+    for key, high in (("keep_rate", 1), ("mask_ratio", 1), ("layer_decay", 1), ("read_timeout", math.inf)):
+        _check(recipe, key, 0, high)
         if getattr(recipe, key) == 0:
             raise TrainError(f"{key} is 0 and must be more than 0")
     if recipe.mask_ratio == 1:
         raise TrainError("mask_ratio is 1 and must be less than 1: some patches must be seen")
     if not all(0 <= beta < 1 for beta in recipe.betas):
         raise TrainError(f"betas are {recipe.betas} and must both be at least 0 and less than 1")
+    if not all(0 < weight < math.inf for weight in recipe.data_weights):
+        raise TrainError(f"data_weights are {recipe.data_weights} and must all be positive numbers")
+    for name in filter(None, recipe.trackers.split(",")):
+        if name not in TRACKERS:
+            raise TrainError(
+                f"trackers has {name!r} and must be one or both of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}"
+            )
     if not recipe.data:
         raise TrainError(f"data is empty and {recipe.name} needs data=FOLDER, a folder written by `xray data pack`")
     if recipe.task == "mae" and recipe.clip_fraction:

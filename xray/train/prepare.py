@@ -156,6 +156,6 @@ def accelerate(task: Task, recipe: Recipe) -> None:
             # Shapes are few and fixed (see `schedule.keep_rate`), so each gets its own graph instead of a
             # slower general one.
             block.forward = torch.compile(block.forward, dynamic=False)
-        if recipe.activation_checkpointing:
+        if recipe.activation_checkpointing != "none":
             # There is no dropout, so no random state to restore.
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -24,24 +24,44 @@ class Recipe:
         image_size: side of the square input, pixels.
         num_frames: frames taken from a clip; an image counts as a clip of one frame.
     Data
-        data: "generated" (coloured shapes, made on the spot), or folders written by `xray data pack`,
-        comma-separated.
+        data: "generated" (coloured shapes, made on the spot), or sources, comma-separated: folders written by
+            `xray data pack`; with `stream` also folders of tar shards, and paths or fsspec URLs of shards with
+            braces, such as s3://bucket/pairs-{00000..01242}.tar.
+        data_weights: how often samples come from each source, relative to the others; empty counts samples alike
+            (a stream: sources alike).
+        stream: read shards one after the other and shuffle in a buffer, instead of single samples at random through
+            an index: for sets that are remote or have no index.
         data_size: number of samples of the generated set.
         clip_fraction: share of steps whose batch holds clips instead of images, 0 to 1; mae uses images only.
-        num_workers: processes that decode; 0 decodes in the training process. Results do not depend on it.
+        num_workers: processes that decode, for each training process; 0 decodes in the training process. Results
+            do not depend on it.
+        readers: of a stream, how many parts of it are read side by side, over all processes; 0 takes one for each
+            worker. It is fixed for a run, whatever number of processes goes on with it.
+        shuffle_buffer: of a stream, samples that each reader draws the next one from.
+        read_timeout: of a stream, seconds without a byte after which a shard is given up.
+        tags_file: a JSON list of the tags to learn; empty takes those of the data.
+        tokenizer_file: a tokenizer's JSON; empty trains one on the captions.
     Optimisation
+        optimizer: "adamw", "lion" (Chen et al., arXiv 2302.06675) or "lamb" (You et al., arXiv 1904.00962; NVIDIA
+            apex's where that is installed).
         steps: optimizer steps in all, also when resuming.
         batch_size: samples a step over all processes together.
         learning_rate: the peak, reached after `warmup_steps`, then a cosine down to zero.
-        weight_decay: AdamW's; not applied to norms, biases, embeddings and scales.
-        betas: AdamW's two decay rates.
+        layer_decay: the learning rate of each block of the image encoder over that of the next; 1 gives all the same.
+        weight_decay: decoupled; not applied to norms, biases, embeddings and scales.
+        betas: the optimizer's two decay rates.
+        epsilon: AdamW's and LAMB's.
         warmup_steps: steps of linear warm-up.
         grad_clip: gradients are scaled down to this global L2 norm; 0 turns clipping off.
         max_bad_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
+    Progressive resolution
+        image_size_schedule: sizes before `image_size`, each with its steps: "112:1000,160:500" trains 1,000 steps at
+            112 pixels, 500 at 160 and the rest at image_size. Position embeddings are interpolated.
     Token pruning (EViT; off for mae)
         keep_rate: share of tokens each pruning layer keeps; 1 turns pruning off.
         keep_rate_warmup: steps over which the rate falls from 1 to `keep_rate` along a cosine.
         keep_rate_buckets: number of values it takes on the way, few so that compiled graphs are reused.
+        keep_rate_schedule: as image_size_schedule, instead of a warm-up: "1:1000,0.85:500".
     Masked autoencoding
         mask_ratio, decoder_width, decoder_depth, decoder_heads.
     Tags
@@ -57,23 +77,32 @@ class Recipe:
         chunk_size: samples that the encoders of a process see at a time; 0 gives them all at once. The loss and
             the gradients stay those of the whole batch; memory is that of a chunk, for one more forward pass.
             Of several processes each then holds whole gradients instead of a shard until the last chunk.
+        exchange: how texts travel between processes: "all_gather", or "ring" (less memory, more traffic).
     Running
         seed: of weights, data order, augmentation and masks.
         precision: "float32", "bfloat16" (float32 parameters and reductions, bfloat16 compute) or "auto"
         (bfloat16 on a
             GPU that has it, else float32).
         compile: torch.compile each transformer block.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its
-        activations.
+        activation_checkpointing: "none"; "selective" keeps what matrix products and attention give and computes the
+            rest of a block again in the backward pass; "full" keeps a block's input only.
+        shard_size: processes that share one copy of the parameters (FSDP2); 0 shares one over all. Less makes
+            several copies, whose gradients are averaged (HSDP): best the GPUs of a node.
     Files
         out: folder of the run; empty means `runs/NAME`.
         init: weights to start from: a `.safetensors` file or the folder of an earlier run.
-        resume: "latest", or a checkpoint folder, to go on with an interrupted run.
+        resume: "latest", or a checkpoint folder, to go on with an interrupted run; "auto" goes on where there is
+            one and starts it where there is none.
         overwrite: replace an earlier run in `out`.
         checkpoint_every: steps between checkpoints; 0 saves none but on Ctrl-C.
-        keep_checkpoints: older ones are deleted.
+        keep_checkpoints: the newest so many are kept, older ones deleted.
+        keep_every: checkpoints at multiples of this many steps are kept for ever; 0 keeps none.
+        async_checkpoints: write checkpoints while training goes on.
         log_every: steps between points on TensorBoard; metrics.jsonl always has every step.
         tensorboard: write TensorBoard files, if the package is installed.
+        trackers: further places for the numbers, comma-separated: "wandb", "trackio", if those packages are installed.
+        peak_tflops: matrix throughput of one device, 10^12 FLOP/s, that MFU counts against; 0 measures it at the start.
+        profile: steps to trace with torch.profiler, "FIRST:LAST", into the run's folder.
         progress: show a progress bar.
     """
 
@@ -85,21 +114,34 @@ class Recipe:
 
     data: str = "generated"
     data_size: int = 600
+    data_weights: tuple[float, ...] = ()
     clip_fraction: float = 0.0
     num_workers: int = 0
+    stream: bool = False
+    readers: int = 0
+    shuffle_buffer: int = 1000
+    read_timeout: float = 60.0
+    tags_file: str = ""
+    tokenizer_file: str = ""
 
     steps: int = 100
     batch_size: int = 32
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
+    layer_decay: float = 1.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-6
     warmup_steps: int = 10
     grad_clip: float = 1.0
     max_bad_steps: int = 10
 
+    image_size_schedule: str = ""
+
     keep_rate: float = 1.0
     keep_rate_warmup: int = 0
     keep_rate_buckets: int = 3
+    keep_rate_schedule: str = ""
 
     mask_ratio: float = 0.75
     decoder_width: int = 32
@@ -117,11 +159,13 @@ class Recipe:
     caption_tags: int = 0
     short_texts: float = 0.0
     chunk_size: int = 0
+    exchange: str = "all_gather"
 
     seed: int = 0
     precision: str = "auto"
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"
+    shard_size: int = 0
 
     out: str = ""
     init: str = ""
@@ -129,8 +173,13 @@ class Recipe:
     overwrite: bool = False
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    async_checkpoints: bool = True
     log_every: int = 10
     tensorboard: bool = True
+    trackers: str = ""
+    peak_tflops: float = 0.0
+    profile: str = ""
     progress: bool = True
 
 
@@ -256,7 +305,7 @@ def mae_b16() -> Recipe:
 
 def mae_l14() -> Recipe:
     """Stage 1 at ViT-L/14."""
-    return replace(mae_b16(), name="mae_l14", model="l14", activation_checkpointing=True)
+    return replace(mae_b16(), name="mae_l14", model="l14", activation_checkpointing="selective")
 
 
 def mae_2b() -> Recipe:
@@ -288,7 +337,7 @@ def tags_b16() -> Recipe:
 
 def tags_l14() -> Recipe:
     """Stage 2 at ViT-L/14."""
-    return replace(tags_b16(), name="tags_l14", model="l14", learning_rate=5e-4, activation_checkpointing=True)
+    return replace(tags_b16(), name="tags_l14", model="l14", learning_rate=5e-4, activation_checkpointing="selective")
 
 
 def tags_2b() -> Recipe:
@@ -332,7 +381,7 @@ def clip_l14() -> Recipe:
         embed_dim=768,
         text_width=768,
         text_heads=12,
-        activation_checkpointing=True,
+        activation_checkpointing="selective",
     )
 
 
