@@ -168,7 +168,7 @@ def read_state(path: Path) -> State:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise _damaged(path, f"the header of {name} cannot be read") from error
+            raise _damaged(path, f"{name}'s header cannot be read") from error
     return state
 
 
