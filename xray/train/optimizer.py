@@ -71,20 +71,6 @@ def _layer_scales(module: nn.Module, layer_decay: float) -> dict[nn.Parameter, f
     return scales
 
 
-def initialize_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that a first step makes, for a checkpoint to be loaded into.
-
-    It takes that step, with gradients of zero and a learning rate of zero, so parameters keep their values. All
-    processes must call it.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    set_learning_rate(optimizer, 0.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def _lion(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
     """Lion (Chen et al., arXiv 2302.06675). It works element by element, so shards are stepped like whole tensors."""
     try:
@@ -102,9 +88,9 @@ def _lamb(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = _apex_lamb()
     if fused is not None and all(p.is_cuda and not isinstance(p, DTensor) for p in parameters):
-        # The loop clips gradients; 1.0 would be apex's own limit.
-        optimizer = fused(groups, lr=0.0, betas=recipe.betas, eps=recipe.epsilon, max_grad_norm=math.inf)
-        return keep_step_in_state(optimizer)
+        # The loop clips gradients as the recipe says; apex would clip them to 1 besides.
+        no_limit = torch.finfo(torch.float32).max
+        return fused(groups, betas=recipe.betas, eps=recipe.epsilon, max_grad_norm=no_limit)
     return Lamb(groups, betas=recipe.betas, eps=recipe.epsilon)
 
 
@@ -119,28 +105,6 @@ def _apex_lamb() -> Callable[..., torch.optim.Optimizer] | None:
         return importlib.import_module("apex.optimizers").FusedLAMB
     except ImportError:
         return None
-
-
-def keep_step_in_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Let an optimizer that counts its steps in `group["step"]` also keep the count with its parameters' state.
-
-    Checkpoints hold the state of parameters, so without it bias correction would begin anew on resuming.
-    """
-
-    def read(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            states = [optimizer.state[p] for p in group["params"] if p in optimizer.state]
-            group["step"] = max((int(state["step"]) for state in states), default=0)
-
-    def write(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in optimizer.state:
-                    optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
-
-    optimizer.register_step_pre_hook(read)
-    optimizer.register_step_post_hook(write)
-    return optimizer
 
 
 class Lamb(torch.optim.Optimizer):
