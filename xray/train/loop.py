@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xray import data
-from xray.train import checkpoint, distributed, export, prepare, schedule, tasks
+from xray.train import checkpoint, distributed, export, optimizer, prepare, schedule, tasks
 from xray.train.checkpointer import Checkpointer
 from xray.train.distributed import World
 from xray.train.errors import Stopped, TrainError
@@ -70,7 +70,7 @@ class _Run:
         prepare.accelerate(self.task, recipe)
         if place.size > 1:
             distributed.shard(self.task, place, self.dtype)
-        self.optimizer = schedule.optimizer(recipe, self.task)
+        self.optimizer = optimizer.build(recipe, self.task)
         if resumed is not None:
             checkpoint.restore(resumed, self.task, self.optimizer, place)
 
@@ -82,7 +82,7 @@ class _Run:
         batches = data.loader(
             self.datasets,
             batch_size=recipe.batch_size // place.size,
-            transform=data.transforms.train(recipe.image_size, recipe.num_frames),
+            transform=prepare.train_transform(recipe),
             seed=recipe.seed,
             start_step=self.start,
             num_workers=recipe.num_workers,
@@ -148,8 +148,7 @@ class _Run:
             for name, value in self.task.inputs(batch, _seed(recipe.seed, step, place.rank)).items()
         }
         lr = schedule.learning_rate(recipe, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        schedule.set_learning_rate(self.optimizer, lr)
         with torch.autocast(place.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss, extra = self.task.accumulate(rate, **inputs)
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), recipe.grad_clip or math.inf)
@@ -162,7 +161,7 @@ class _Run:
         if not skipped:
             self.optimizer.step()
             self.task.settle()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         values = {
             "loss": loss_value,
             "lr": lr,

@@ -1,6 +1,7 @@
 """What a run needs before its first step: folder, data, starting weights, and how the device computes."""
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from xray import data, models
-from xray.train import checkpoint
+from xray.train import checkpoint, schedule
 from xray.train.distributed import World
 from xray.train.errors import TrainError
 from xray.train.recipes import Recipe
@@ -160,6 +161,14 @@ def start_from(model: nn.Module, path: Path, *, assign: models.Assign | None = N
         return "the image encoder, but not the text encoder, which is of another size"
     models.load_rest(model, path, assign=assign)
     return "the whole model"
+
+
+def train_transform(recipe: Recipe) -> data.transforms.Transform | data.transforms.Scheduled:
+    """The training transform, of the image size that each step has."""
+    stages: list[tuple[int, data.transforms.Transform]] = []
+    for size, shapes in itertools.groupby(schedule.shapes(recipe), key=lambda shape: shape.image_size):
+        stages.append((next(shapes).first_step, data.transforms.train(size, recipe.num_frames)))
+    return stages[0][1] if len(stages) == 1 else data.transforms.Scheduled(tuple(stages))
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
