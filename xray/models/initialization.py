@@ -54,8 +54,7 @@ def initialize(model: nn.Module, seed: int, *, assign: Assign | None = None) -> 
         for name, module in modules:
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little"))
-            for parameter, value in _fresh_values(module):
-                assign(parameter, value)
+            _reset(module, assign)
 
 
 def _holds_state(name: str, module: nn.Module) -> bool:
@@ -69,8 +68,8 @@ def _holds_state(name: str, module: nn.Module) -> bool:
     return held
 
 
-def _fresh_values(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """The module's own parameters, each with a freshly initialised value on the CPU."""
+def _reset(module: nn.Module, assign: Assign) -> None:
+    """Assign freshly initialised values to the module's own parameters, made in CPU parameters that stand in."""
     own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     fresh = {name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for name, p in own.items()}
     module._parameters.update(fresh)
@@ -78,4 +77,5 @@ def _fresh_values(module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         module.reset_parameters()  # type: ignore[operator]
     finally:
         module._parameters.update(own)
-    return [(parameter, fresh[name].detach()) for name, parameter in own.items()]
+    for name, parameter in own.items():
+        assign(parameter, fresh.pop(name).detach())

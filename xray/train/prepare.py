@@ -187,7 +187,7 @@ def _header(path: Path) -> dict[str, str]:
 
 
 def start_from(model: nn.Module, path: Path) -> str:
-    """Copy weights from an earlier run's model, and say in words which. The model may be sharded.
+    """Copy weights from an earlier run's model, one tensor at a time, and say in words which. The model may be sharded.
 
     The image encoder always; from a clip model to a clip model of the same text encoder all the rest too,
     so that a finished model can be trained on.
@@ -196,16 +196,12 @@ def start_from(model: nn.Module, path: Path) -> str:
         CheckpointError: the file is damaged or its encoder is another.
     """
     models.load_encoder(model, path, assign=assign)
-    header = _header(path)
-    if not isinstance(model, models.Clip) or header.get("kind") != "clip":
+    config = models.read_header(path).config
+    if not isinstance(model, models.Clip) or not isinstance(config, models.ClipConfig):
         return "the image encoder"
-    stored = models.ClipConfig.from_dict(json.loads(header["config"]))
-    if stored.text != model.config.text or stored.embed_dim != model.config.embed_dim:
+    if config.text != model.config.text or config.embed_dim != model.config.embed_dim:
         return "the image encoder, but not the text encoder, which is of another size"
-    with safe_open(path, framework="pt") as file:
-        for name, parameter in model.named_parameters():
-            if not name.startswith("vision."):
-                assign(parameter, file.get_tensor(name))
+    models.load_rest(model, path, assign=assign)
     return "the whole model"
 
 
