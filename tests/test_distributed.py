@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch import distributed as dist
-from training_ranks import BATCH, STAGES, STEPS, STEPS_OF_A_TASK, Found, compute
+from training_ranks import BATCH, STAGES, STEPS, Found, compute
 
 from xray import data
 

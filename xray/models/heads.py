@@ -35,7 +35,8 @@ class TagHead(nn.Linear):
 class TagClassifier(nn.Module):
     """The encoder and one linear layer over the tags.
 
-    Training on large vocabularies goes through ``self.head.loss(self.encoder(pixels), ...)``, which never forms the (B, num_tags) logits that ``forward`` returns.
+    Training on large vocabularies goes through ``self.head.loss(self.encoder(pixels), ...)``, which never forms the
+    (B, num_tags) logits that ``forward`` returns.
     """
 
     def __init__(self, config: TagConfig) -> None:

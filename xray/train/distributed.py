@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from xray import models
 from xray.models.heads import TagHead
 from xray.models.layers import Block
+from xray.train import rendezvous
 from xray.train.errors import TrainError
 from xray.train.recipes import Recipe
 from xray.train.tasks import Task
@@ -121,7 +122,7 @@ def world() -> Iterator[World]:
         yield World(rank=0, size=1, device=device)
         return
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        rendezvous.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise _no_meeting(error, rank, size) from error
     try:
@@ -176,7 +177,7 @@ def _code_version() -> str:
 
     digest = hashlib.blake2b(digest_size=6)
     for package in (xray, xray_kernels):
-        folder = Path(package.__file__).parent
+        folder = Path(package.__path__[0])
         for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
             digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

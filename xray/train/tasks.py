@@ -323,9 +323,7 @@ class ClipTask(Task):
 
     def _loss(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> tuple[Tensor, ...]:
         group = dist.group.WORLD if dist.is_initialized() else None
-        return ops.clip_loss_with_ranks(
-            image_features, text_features, logit_scale, group=group, exchange=self.exchange
-        )
+        return ops.clip_loss_with_ranks(image_features, text_features, logit_scale, group=group, exchange=self.exchange)
 
     @torch.no_grad()
     def _metrics(self, logit_scale: Tensor, image_ranks: Tensor, text_ranks: Tensor) -> dict[str, Tensor]:
