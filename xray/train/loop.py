@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xray import data, models
-from xray.train import checkpoint, distributed, prepare, schedule, tasks
+from xray.train import checkpoint, distributed, optimizer, prepare, schedule, tasks
 from xray.train.distributed import World
 from xray.train.errors import Stopped, TrainError
 from xray.train.metrics import Metrics
@@ -77,7 +77,7 @@ class _Run:
         self.origin = f"resumed from {resumed}" if resumed is not None else ""
         if init is not None:
             self.origin = f"{prepare.start_from(self.task.model, init)} starts from {init}"
-        self.optimizer = schedule.optimizer(recipe, self.task)
+        self.optimizer = optimizer.build(recipe, self.task)
         if resumed is not None:
             checkpoint.restore(resumed, self.task, self.optimizer, place)
 
@@ -89,7 +89,7 @@ class _Run:
         batches = data.loader(
             self.datasets,
             batch_size=recipe.batch_size // place.size,
-            transform=data.transforms.train(recipe.image_size, recipe.num_frames),
+            transform=prepare.train_transform(recipe),
             seed=recipe.seed,
             start_step=self.start,
             num_workers=recipe.num_workers,
@@ -151,8 +151,7 @@ class _Run:
             ).items()
         }
         lr = schedule.learning_rate(recipe, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        schedule.set_learning_rate(self.optimizer, lr)
         with torch.autocast(place.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss, extra = self.task.accumulate(rate, **inputs)
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), recipe.grad_clip or math.inf)
@@ -165,7 +164,7 @@ class _Run:
         if not skipped:
             self.optimizer.step()
             self.task.settle()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         values = {
             "loss": loss_value,
             "lr": lr,

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from xray.train import schedule
 from xray.train.errors import TrainError
 from xray.train.recipes import RECIPES, Recipe
 
@@ -215,6 +216,7 @@ def validate(recipe: Recipe) -> None:
             f"chunk_size is {recipe.chunk_size} and must be 0 for {recipe.task}, whose loss compares no samples with "
             "each other as clip's does: lower batch_size instead"
         )
+    schedule.check(recipe)
 
 
 def _check(recipe: Recipe, key: str, low: float, high: float) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from xray import data, models, ops
 from xray.models.layers import Block
+from xray.train import schedule
 from xray.train.errors import TrainError
 from xray.train.grad_cache import cached_backward, plain_backward, split_batch
 from xray.train.overrides import nearest
@@ -34,17 +35,13 @@ def vision_config(recipe: Recipe) -> models.VisionConfig:
     """The encoder that a recipe asks for.
 
     Raises:
-        TrainError: there is no size of that name, or the image size does not fit its patches.
+        TrainError: there is no size of that name, or an image size does not fit its patches.
     """
     if recipe.model not in models.SIZES:
         hint = nearest(recipe.model, models.SIZES) or f": the sizes are {', '.join(models.SIZES)}"
         raise TrainError(f"model is {recipe.model!r}, which is no size of xray.models{hint}")
     size = models.SIZES[recipe.model]
-    if recipe.image_size % size.patch_size:
-        raise TrainError(
-            f"image_size is {recipe.image_size} and must be a multiple of {size.patch_size}, the patch size "
-            f"of {recipe.model}"
-        )
+    schedule.check_image_sizes(recipe, size.patch_size)
     keep_rate = 1.0 if recipe.task == "mae" else recipe.keep_rate
     return replace(size, image_size=recipe.image_size, num_frames=recipe.num_frames, keep_rate=keep_rate)
 
