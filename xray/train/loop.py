@@ -33,6 +33,8 @@ def run(recipe: Recipe) -> Path:
     """See `xray.train.run`."""
     validate(recipe)
     with distributed.world() as place:
+        distributed.check_alike(recipe, place)
+        distributed.mesh_shape(recipe.shard_size, place.size)
         if recipe.batch_size % place.size:
             raise TrainError(f"batch_size is {recipe.batch_size} and must be a multiple of the {place.size} processes")
         return _Run(recipe, place).train()
@@ -57,19 +59,21 @@ class _Run:
         if state is not None:
             self.artifacts = state.artifacts
         else:
-            self.artifacts = place.share(prepare.learned(recipe, self.datasets, init) if place.is_first else None)
+            texts = prepare.captions_and_tags(self.datasets)
+            self.artifacts = place.first_does(lambda: prepare.learned(recipe, texts, init))
         torch.manual_seed(recipe.seed)
         random.seed(recipe.seed)
-        self.task = tasks.build(recipe, self.artifacts)
+        with torch.device("meta"):
+            self.task = tasks.build(recipe, self.artifacts)
         self.parameters = sum(parameter.numel() for parameter in self.task.parameters())
-        self.origin = f"resumed from {resumed}" if resumed is not None else ""
-        if init is not None:
-            self.origin = f"{prepare.start_from(self.task.model, init)} starts from {init}"
-        self.task.to(place.device)
         self.dtype = prepare.compute_dtype(recipe, place.device)
         prepare.accelerate(self.task, recipe)
         if place.size > 1:
-            distributed.shard(self.task, place, self.dtype)
+            distributed.shard(self.task, place, self.dtype, recipe.shard_size)
+        distributed.materialize(self.task, place, recipe.seed)
+        self.origin = f"resumed from {resumed}" if resumed is not None else ""
+        if init is not None:
+            self.origin = f"{prepare.start_from(self.task.model, init)} starts from {init}"
         self.optimizer = optimizer.build(recipe, self.task)
         if resumed is not None:
             checkpoint.restore(resumed, self.task, self.optimizer, place)
@@ -145,7 +149,9 @@ class _Run:
         rate = None if recipe.task == "mae" else schedule.keep_rate(recipe, step)
         inputs = {
             name: value.to(place.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in self.task.inputs(batch, _seed(recipe.seed, step, place.rank)).items()
+            for name, value in self.task.inputs(
+                batch, _seed(recipe.seed, step), place.rank * len(batch), recipe.batch_size
+            ).items()
         }
         lr = schedule.learning_rate(recipe, step)
         schedule.set_learning_rate(self.optimizer, lr)
