@@ -26,7 +26,9 @@ from xray.train.distributed import World
 from xray.train.errors import Stopped, TrainError
 from xray.train.metrics import Metrics
 from xray.train.overrides import validate
+from xray.train.profiler import Profiler
 from xray.train.recipes import Recipe
+from xray.train.telemetry import Own, Telemetry, Work
 
 PLACES = ("out", "init", "resume", "overwrite")  # settings that mean nothing away from this machine
 
@@ -76,6 +78,8 @@ class _Run:
         self.optimizer = schedule.optimizer(recipe, self.task)
         if resumed is not None:
             checkpoint.restore(resumed, self.task, self.optimizer, place)
+        self.telemetry = Telemetry(recipe, self.task.model.config, place, self.dtype)
+        place.first_does(lambda: self.telemetry.write_environment(self.out, recipe, self.start, self.parameters))
 
     def train(self) -> Path:
         """Do the remaining steps, save the model, and return the run's folder."""
@@ -95,13 +99,16 @@ class _Run:
         )
         with (
             Metrics(self.out, recipe, self.start) if place.is_first else nullcontext() as metrics,
+            Profiler(recipe, self.out, place.rank, self.start) as profiler,
             _stop_request(say=place.is_first) as request,
         ):
-            self._steps(batches, metrics, request)
+            self._steps(batches, metrics, profiler, request)
         self._save_model()
         return self.out
 
-    def _steps(self, batches: Iterator[data.Batch], metrics: Metrics | None, request: list[int]) -> None:
+    def _steps(
+        self, batches: Iterator[data.Batch], metrics: Metrics | None, profiler: Profiler, request: list[int]
+    ) -> None:
         recipe = self.recipe
         began = time.perf_counter() - (metrics.seconds if metrics else 0.0)
         bad_in_a_row = 0
@@ -109,13 +116,9 @@ class _Run:
             asked = time.perf_counter()
             batch = next(batches)
             received = time.perf_counter()
-            values, stop = self._step(done - 1, batch, bool(request))
+            values, work, all_own = self._step(done - 1, batch, bool(request), received - asked)
             now = time.perf_counter()
-            values |= {
-                "images_per_s": recipe.batch_size / (now - asked),
-                "data_wait": (received - asked) / (now - asked),
-                "seconds": now - began,
-            }
+            values |= self.telemetry.values(work, now - asked, all_own) | {"seconds": now - began}
             if metrics is not None:
                 metrics.write(done, values)
             bad_in_a_row = bad_in_a_row + 1 if values["skipped"] else 0
@@ -125,10 +128,14 @@ class _Run:
                     f"lower learning_rate (now {recipe.learning_rate:g}), lengthen warmup_steps (now "
                     f"{recipe.warmup_steps}) or look at the data"
                 )
-            stop = stop and done < recipe.steps
+            stop = all_own.stop > 0 and done < recipe.steps
             periodic = recipe.checkpoint_every and (done % recipe.checkpoint_every == 0 or done == recipe.steps)
             if periodic or stop:
+                began_saving = time.perf_counter()
                 checkpoint.save(self.out, done, self.task, self.optimizer, recipe, self.artifacts, self.place)
+                if metrics is not None:
+                    metrics.checkpoint(time.perf_counter() - began_saving, written=1)
+            profiler.step(done)
             if stop:
                 raise Stopped(
                     f"stopped after step {done} of {recipe.steps}, the state is saved; go on with: "
@@ -136,25 +143,34 @@ class _Run:
                     request[0] if request else signal.SIGTERM,
                 )
 
-    def _step(self, step: int, batch: data.Batch, stop: bool) -> tuple[dict[str, Any], bool]:
-        """One optimizer step, counted from 0: its numbers, and whether any process was asked to stop."""
+    def _step(self, step: int, batch: data.Batch, stop: bool, wait: float) -> tuple[dict[str, Any], Work, Own]:
+        """One optimizer step, counted from 0: its numbers, what it asked for, and what processes tell each other.
+
+        Args:
+            step: its number.
+            batch: its data.
+            stop: whether this process was asked to stop.
+            wait: seconds that this process waited for the batch.
+        """
         recipe, place = self.recipe, self.place
         rate = None if recipe.task == "mae" else schedule.keep_rate(recipe, step)
         inputs = {
             name: value.to(place.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in self.task.inputs(batch, _seed(recipe.seed, step, place.rank)).items()
         }
+        work = self.telemetry.work(inputs, rate)
         lr = schedule.learning_rate(recipe, step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(place.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss, extra = self.task.accumulate(rate, **inputs)
         norm = torch.nn.utils.clip_grad_norm_(self.task.parameters(), recipe.grad_clip or math.inf)
-        flag = torch.tensor(float(stop), device=place.device)
         # One transfer a step, and one all-reduce: every process sees the same numbers and takes the same
         # turn.
-        numbers = torch.stack([loss.float(), distributed.whole(norm).float(), flag, *extra.values()])
-        loss_value, norm_value, stop_value, *extra_values = place.mean(numbers).tolist()
+        own = self.telemetry.own(stop, wait, batch).to(place.device, non_blocking=True)
+        numbers = torch.stack([loss.float(), distributed.whole(norm).float(), *extra.values()])
+        means = place.mean(torch.cat([numbers, own])).cpu()
+        loss_value, norm_value, *extra_values = means[: len(numbers)].tolist()
         skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
         if not skipped:
             self.optimizer.step()
@@ -167,7 +183,7 @@ class _Run:
             "keep_rate": 1.0 if rate is None else rate,
         }
         values |= {"skipped": skipped, **dict(zip(extra, extra_values, strict=True))}
-        return values, stop_value > 0
+        return values, work, self.telemetry.merge(means[len(numbers) :])
 
     def _save_model(self) -> None:
         weights: dict[str, Tensor] = {}
