@@ -372,7 +372,11 @@ def test_a_tracker_that_hangs_does_not_keep_a_run_from_ending(
     tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     release = threading.Event()
-    service.failing["wandb finish"] = lambda: release.wait(60) and None
+
+    def hang() -> None:
+        release.wait(60)
+
+    service.failing["wandb finish"] = hang
     monkeypatch.setattr(trackers, "LAST_UPLOAD", 0.05)
     with Metrics(tmp_path, quiet(trackers="wandb"), 0) as writer:
         writer.write(1, values())
