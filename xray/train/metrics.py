@@ -110,11 +110,11 @@ class Metrics:
         if self._progress is not None:
             self._progress.show(step, values)
 
-    def checkpoint(self, seconds: float, written: int = 0, failed: int = 0) -> None:
-        """Take note that training stood still for a checkpoint, and of checkpoints written and failed meanwhile."""
+    def checkpoint(self, seconds: float, failures: int = 0) -> None:
+        """Take note of a checkpoint for which training stood still, and of how many have failed up to now."""
         self._checkpoint_seconds += seconds
-        self._totals.written += written
-        self._totals.failed += failed
+        self._totals.saves += 1
+        self._totals.failures = failures
 
     def _unwritable(self, error: OSError) -> TrainError:
         return TrainError(f"{self._path} cannot be written: {error.strerror or error}")
@@ -128,7 +128,7 @@ class _Totals:
         self._steps, self._seconds, self._busy, self._waited = 0, 0.0, 0.0, 0.0
         self._mfu: list[float] = []
         self.skipped = self._bad_samples = 0
-        self.written = self.failed = 0
+        self.saves = self.failures = 0
         for line in lines:
             self.add(line)
         self._bad_samples = 0
@@ -159,10 +159,10 @@ class _Totals:
         events = [
             _count(self.skipped, "skipped step"),
             _count(self._bad_samples, "unreadable sample"),
-            f"{_count(self.written, 'checkpoint')} written",
+            f"{_count(self.saves - self.failures, 'checkpoint')} written",
         ]
-        if self.failed:
-            events.append(f"{self.failed} failed")
+        if self.failures:
+            events.append(f"{self.failures} failed")
         name, steps = self._recipe.name, _count(self._steps, "step")
         return "\n  ".join(
             [
