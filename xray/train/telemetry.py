@@ -21,6 +21,7 @@ from torch import Tensor
 import xray
 from xray import data, models
 from xray.train.distributed import World
+from xray.train.errors import TrainError
 from xray.train.recipes import Recipe
 
 PASSES = 3  # a backward pass computes two products for each of the forward pass
@@ -138,6 +139,9 @@ class Telemetry:
         """Add what this session of the run computes on and with to `environment.json`, a list with an entry a session.
 
         Numbers such as MFU mean nothing without it. Sessions of steps that will be done again stay.
+
+        Raises:
+            TrainError: the file cannot be written.
         """
         path, device = out / "environment.json", self._place.device
         sessions: list[Any] = []
@@ -158,7 +162,10 @@ class Telemetry:
             "versions": _versions(),
             "platform": platform.platform(),
         }
-        path.write_text(json.dumps([*sessions, session], indent=1) + "\n", encoding="utf-8")
+        try:
+            path.write_text(json.dumps([*sessions, session], indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise TrainError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def step_work(
