@@ -103,12 +103,16 @@ def test_metrics_have_a_line_a_step(chain: dict[str, Path]) -> None:
     found = {f"{way}{name}" for way in ("", "image_to_text_", "text_to_image_") for name in ("top1", "top5", "rank")}
     own: dict[str, set[str]] = {"mae": set(), "tags": {"top1"}, "clip": {"logit_scale", *found}}
     common = {"step", "loss", "images_per_s", "lr", "grad_norm", "keep_rate", "data_wait", "seconds", "skipped"}
+    common |= {"tokens_per_s", "mfu", "memory", "memory_peak", "bad_samples", "skipped_total", "checkpoint_seconds"}
     for stage, out in chain.items():
         records = lines(out)
         assert [record["step"] for record in records] == list(range(1, len(records) + 1))
         for record in records:
+            kept_tokens = record.pop("kept_tokens")
             assert record.keys() == common | own[stage]
             assert all(math.isfinite(value) for value in record.values())
+            assert len(kept_tokens) == (0 if record["keep_rate"] == 1 else 3)
+            assert record["mfu"] > 0
             assert 0 <= record["data_wait"] <= 1
             assert record["images_per_s"] > 0
             assert record["skipped"] is False

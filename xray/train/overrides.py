@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from xray.train import schedule
+from xray.train import metrics, schedule
 from xray.train.errors import TrainError
 from xray.train.recipes import RECIPES, Recipe
 
@@ -205,6 +205,7 @@ def validate(recipe: Recipe) -> None:
             raise TrainError(
                 f"trackers has {name!r} and must be one or both of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}"
             )
+    metrics.check(recipe)
     if not recipe.data:
         raise TrainError(f"data is empty and {recipe.name} needs data=FOLDER, a folder written by `xray data pack`")
     if recipe.task == "mae" and recipe.clip_fraction:

@@ -1,12 +1,11 @@
 """What a run needs before its first step: folder, data, starting weights, and how the device computes."""
 
 import functools
-import itertools
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from torch.utils.checkpoint import checkpoint as recompute
 
 from xray import data, models
-from xray.train import checkpoint, schedule
+from xray.train import checkpoint
 from xray.train.distributed import World, assign
 from xray.train.errors import TrainError
 from xray.train.recipes import Recipe
 from xray.train.tasks import Task, learn
 
 LAUNCH = ".launch"
-MOST_FRAMES = 16  # decoded of a clip, of which `num_frames` are drawn
 MOST_GRAPHS = 128  # shapes a block is compiled for: images and clips, times layers, times keep rates
 KEPT_OPS = {
     "aten": (
@@ -106,57 +104,6 @@ def _launch() -> str:
     return f"{socket.gethostname()} {os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"
 
 
-def open_data(recipe: Recipe, out: Path, place: World) -> list[data.Dataset]:
-    """The training split of every folder that `recipe.data` names; the generated set is made on the first
-    call.
-
-    Raises:
-        DataError: a folder is missing or damaged.
-    """
-    if recipe.data == "generated":
-        frames = max(2, recipe.num_frames)
-        root = out / f"generated-{recipe.data_size}x{recipe.image_size}x{frames}"
-
-        def generate() -> None:
-            if not (root / "index.parquet").is_file():
-                data.generated(root, recipe.data_size, image_size=recipe.image_size, num_frames=frames)
-
-        place.first_does(generate)
-        roots = [root]
-    else:
-        roots = [Path(part.strip()) for part in recipe.data.split(",")]
-    media = "image" if recipe.task == "mae" else None
-    min_tags = 1 if recipe.task == "tags" else 0
-    return [data.Dataset(root, "train", media=media, min_tags=min_tags) for root in roots]
-
-
-def num_readers(recipe: Recipe, size: int) -> int:
-    """Readers of a new run's stream over `size` processes: the recipe's, or one for each worker.
-
-    A run keeps the number that it began with, so it belongs into the recipe that its checkpoints hold.
-    """
-    return recipe.readers or size * max(1, recipe.num_workers)
-
-
-def open_stream(recipe: Recipe, size: int) -> data.Stream:
-    """The shards that `recipe.data` names, for `size` processes.
-
-    Raises:
-        DataError: there are none, fewer than readers, or they are of a protocol that cannot be used.
-    """
-    return data.Stream(
-        recipe.data,
-        weights=recipe.data_weights or None,
-        seed=recipe.seed,
-        readers=num_readers(recipe, size),
-        shuffle_buffer=recipe.shuffle_buffer,
-        media="image" if recipe.task == "mae" else None,
-        min_tags=1 if recipe.task == "tags" else 0,
-        read_timeout=recipe.read_timeout,
-        max_frames=max(MOST_FRAMES, recipe.num_frames),
-    )
-
-
 def model_file(init: str) -> Path:
     """The file that `init` names: itself, or the final model in a run's folder.
 
@@ -172,12 +119,6 @@ def model_file(init: str) -> Path:
             f"init is {init}, and there is no file {path}{ending}: give a .safetensors file or a run's folder"
         )
     return path
-
-
-def captions_and_tags(datasets: Sequence[data.Dataset]) -> Iterator[tuple[str, Sequence[str]]]:
-    """Caption and tags of every sample."""
-    for dataset in datasets:
-        yield from zip(dataset.column("caption"), dataset.column("tags"), strict=True)
 
 
 def learned(recipe: Recipe, texts: Iterable[tuple[str, Sequence[str]]], init: Path | None) -> dict[str, str]:
@@ -262,14 +203,6 @@ def start_from(model: nn.Module, path: Path) -> str:
         return "the image encoder, but not the text encoder, which is of another size"
     models.load_rest(model, path, assign=assign)
     return "the whole model"
-
-
-def train_transform(recipe: Recipe) -> data.transforms.Transform | data.transforms.Scheduled:
-    """The training transform, of the image size that each step has."""
-    stages: list[tuple[int, data.transforms.Transform]] = []
-    for size, shapes in itertools.groupby(schedule.shapes(recipe), key=lambda shape: shape.image_size):
-        stages.append((next(shapes).first_step, data.transforms.train(size, recipe.num_frames)))
-    return stages[0][1] if len(stages) == 1 else data.transforms.Scheduled(tuple(stages))
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
