@@ -540,8 +540,8 @@ def test_bad_arguments_and_states_of_the_loader(sets: tuple[Path, Path]) -> None
         next(data.stream_loader(stream, **{"batch_size": 8, "transform": AUGMENT, **options}))
 
     for options, words in (
-        ({"batch_size": 6}, "readers is 4 for a batch of 6 samples on 1 ranks; it must divide the batch"),
-        ({"world_size": 3, "batch_size": 4}, "readers is 4 for a batch of 12 samples on 3 ranks"),
+        ({"batch_size": 6}, "batch_size is 6 over 1 ranks for 4 readers; the number of readers must divide"),
+        ({"world_size": 3, "batch_size": 4}, "batch_size is 12 over 3 ranks for 4 readers"),
         ({"batch_size": 0}, "batch_size, start_step"),
         ({"rank": 1}, "rank is 1 of world_size 1"),
         ({"clip_fraction": 2}, "clip_fraction is 2"),
