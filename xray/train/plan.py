@@ -5,23 +5,24 @@ Parameters, FLOPs, token counts and shards are exact; the memory of activations 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from xray import data, models
+from xray import data, models, ops
 from xray.models.config import Config
-from xray.train import activations, distributed, prepare, schedule, tasks
+from xray.train import activations, distributed, prepare, schedule, sources, tasks
 from xray.train.errors import TrainError
 from xray.train.overrides import validate
 from xray.train.recipes import Recipe
-from xray_kernels.contrastive_loss import DEFAULT_WORKSPACE_BYTES as CONTRASTIVE_WORKSPACE
-from xray_kernels.tag_loss import DEFAULT_WORKSPACE_BYTES as TAG_WORKSPACE
 
 STATES = {"adamw": 2, "lion": 1, "lamb": 2}
 """Tensors that each optimizer keeps for a parameter."""
@@ -184,7 +185,7 @@ def plan_of(recipe: Recipe, world_size: int = 1) -> Plan:
         samples_seen=recipe.steps * recipe.batch_size,
         total_flops=recipe.batch_size * sum(stage.total_flops for stage in stages),
         data_samples=found.samples,
-        readers=prepare.num_readers(recipe, world_size) if recipe.stream else recipe.num_workers * world_size,
+        readers=sources.num_readers(recipe, world_size) or recipe.num_workers * world_size,
         shards=found.shards,
         checkpoint_bytes=total * (1 + state) * FLOAT32,
         unknown=found.unknown,
@@ -198,6 +199,7 @@ def _look_at_data(recipe: Recipe, world_size: int) -> _Data:
         words = len(prepare.read_tags(recipe.tags_file)) if recipe.tags_file else 0
     samples: int | None = None
     shards: int | None = None
+    alone = distributed.World(0, 1, torch.device("cpu"))
     try:
         if not recipe.data:
             unknown.append("data is empty: epochs and shards")
@@ -205,13 +207,13 @@ def _look_at_data(recipe: Recipe, world_size: int) -> _Data:
             samples = recipe.data_size
             unknown.append("how many of the generated samples are for tests: epochs count these too")
         elif recipe.stream:
-            shards = prepare.open_stream(recipe, world_size).num_shards
+            shards = sources.Streamed(recipe, replace(alone, size=world_size)).stream.num_shards
             unknown.append("a stream does not say how many samples it has: epochs")
         else:
-            datasets = prepare.open_data(recipe, Path(), distributed.World(0, 1, torch.device("cpu")))
-            samples = sum(map(len, datasets))
+            indexed = sources.Indexed(recipe, Path(), alone)
+            samples = sum(map(len, indexed.datasets))
             if recipe.task == "tags" and not words:
-                words = len(json.loads(tasks.learn(recipe, prepare.captions_and_tags(datasets))["tags"]))
+                words = len(json.loads(tasks.learn(recipe, indexed.texts())["tags"]))
     except data.DataError as error:
         unknown.append(f"{error}: epochs and shards")
     if not words:
@@ -280,7 +282,10 @@ def _memory(
     *gathered, rest = units
     # Blocks, the largest units as a rule, are gathered in the compute dtype.
     largest = max(unit.whole_bytes for unit in gathered) * _item(recipe) // FLOAT32
-    loss = {"mae": 0, "tags": TAG_WORKSPACE, "clip": CONTRASTIVE_WORKSPACE}[recipe.task]
+    losses: dict[str, Callable[..., Any]] = {"tags": ops.tag_loss, "clip": ops.clip_loss}
+    loss = 0
+    if recipe.task in losses:
+        loss = inspect.signature(losses[recipe.task]).parameters["max_workspace_bytes"].default
     if isinstance(config, models.ClipConfig):
         texts = recipe.batch_size if recipe.exchange == "all_gather" else 2 * batch
         loss += config.embed_dim * (texts * _item(recipe) + 4 * batch * FLOAT32)
