@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from limits import small_files
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy import OPTIMIZERS, Odd, Toy, train
@@ -301,7 +302,7 @@ def test_many_failures_end_the_run(asynchronous: bool, tmp_path: Path, monkeypat
     working = checkpointer.save_file
 
     def fail(*arguments: Any, **keywords: Any) -> None:
-        raise OSError(errno.ENOSPC, "")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with writer(tmp_path, asynchronous) as saver:
         monkeypatch.setattr(checkpointer, "save_file", fail)

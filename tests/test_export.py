@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_checkpoint import ALONE, OPTIMIZERS, damage
 
@@ -109,17 +110,18 @@ def test_weights_only_and_once(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert all(name.startswith("model.") for name in read)
 
 
-def test_timm(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def save_timm(model: torch.nn.Module, path: Path, **metadata: str) -> None:
-        seen.extend([model, path, metadata])
-
-    monkeypatch.setattr(models, "save_timm", save_timm, raising=False)
+def test_timm(run: Path, tmp_path: Path) -> None:
+    """The image encoder alone, under timm's names, with the words that came with the model."""
     export(run, tmp_path / "timm.safetensors", timm=True)
-    model, path, metadata = seen
-    expected, _ = models.load(run / "model.safetensors")
-    assert path == tmp_path / "timm.safetensors"
-    assert metadata.keys() == {"recipe", "tokenizer"}
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor)
+    model, header = models.load(run / "model.safetensors")
+    words = {key: header[key] for key in ("recipe", "tokenizer")}
+    models.save_timm(model, tmp_path / "expected.safetensors", state_dict=None, **words)
+    actual, expected = (load_file(tmp_path / f"{name}.safetensors") for name in ("timm", "expected"))
+    assert actual.keys() == expected.keys()
+    assert "pos_embed" in actual
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    headers = []
+    for name in ("timm", "expected"):
+        with safe_open(tmp_path / f"{name}.safetensors", framework="pt") as file:
+            headers.append(file.metadata())
+    assert headers[0] == headers[1]
