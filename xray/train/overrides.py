@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from xray.train import schedule
+from xray.train import metrics, schedule
 from xray.train.errors import TrainError
 from xray.train.recipes import RECIPES, Recipe
 
@@ -121,15 +121,15 @@ def recipe_for(name: str, arguments: Sequence[str]) -> Recipe:
     """
     recipe = find_recipe(name)
     asked = parse_overrides(recipe, arguments)
-    if not asked.resume:
-        return asked
     run = Path(asked.out or f"runs/{name}")
-    if asked.resume != "latest":
+    if not asked.resume or (asked.resume == "auto" and not (run / "recipe.json").is_file()):
+        return asked
+    if asked.resume not in ("latest", "auto"):
         path = Path(asked.resume)
         source = path / "state.json"
         if not asked.out:
             run = path.parent.parent if source.is_file() else path
-    if asked.resume == "latest" or not source.is_file():
+    if asked.resume in ("latest", "auto") or not source.is_file():
         source = run / "recipe.json"
     saved = _saved_settings(source)
     if saved.get("name", name) != name:
@@ -205,6 +205,7 @@ def validate(recipe: Recipe) -> None:
             raise TrainError(
                 f"trackers has {name!r} and must be one or both of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}"
             )
+    metrics.check(recipe)
     if not recipe.data:
         raise TrainError(f"data is empty and {recipe.name} needs data=FOLDER, a folder written by `xray data pack`")
     if recipe.task == "mae" and recipe.clip_fraction:

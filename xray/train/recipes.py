@@ -101,9 +101,9 @@ class Recipe:
         keep_checkpoints: the newest so many are kept, older ones deleted.
         keep_every: checkpoints at multiples of this many steps are kept for ever; 0 keeps none.
         async_checkpoints: write checkpoints while training goes on.
-        log_every: steps between points on TensorBoard; metrics.jsonl always has every step.
+        log_every: steps between points on TensorBoard and other trackers; metrics.jsonl always has every step.
         tensorboard: write TensorBoard files, if the package is installed.
-        trackers: further places for the numbers, comma-separated: "wandb", "trackio", if those packages are installed.
+        trackers: further places for the numbers, comma-separated: "wandb", "trackio"; needs those packages.
         peak_tflops: matrix throughput of one device, 10^12 FLOP/s, that MFU counts against; 0 measures it at the start.
         profile: steps to trace with torch.profiler, "FIRST:LAST", into the run's folder.
         progress: show a progress bar.
@@ -123,7 +123,7 @@ class Recipe:
     stream: bool = False
     readers: int = 0
     shuffle_buffer: int = 1000
-    read_timeout: float = 60.0
+    read_timeout: float = 20.0
     tags_file: str = ""
     tokenizer_file: str = ""
 
