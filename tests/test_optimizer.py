@@ -69,9 +69,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str]
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(
-            found[key].double(), value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
-        )
+        assert torch.allclose(found[key].double(), value, rtol=1e-5, atol=1e-6), key
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from xray import data, models, train
-from xray.train import prepare, schedule, tasks
+from xray.train import prepare, schedule, sources, tasks
 from xray.train.recipes import RECIPES, Recipe
 
 
@@ -220,7 +220,7 @@ def shapes_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_loader_takes_the_size_of_the_step(shapes_set: Path) -> None:
     recipe = recipe_of(steps=9, image_size_schedule="16:2,24:1,16:2", keep_rate_warmup=0)
-    transform = prepare.train_transform(recipe)
+    transform = sources.train_transform(recipe)
     dataset = data.Dataset(shapes_set, "train")
 
     def sides(start: int, workers: int = 0) -> list[int]:
@@ -229,11 +229,11 @@ def test_the_loader_takes_the_size_of_the_step(shapes_set: Path) -> None:
 
     assert sides(0) == sides(0, workers=2) == [16, 16, 24, 16, 16, 32, 32]
     assert sides(3) == [16, 16, 32, 32]
-    assert prepare.train_transform(recipe_of()) == data.transforms.train(32, 4)
+    assert sources.train_transform(recipe_of()) == data.transforms.train(32, 4)
 
 
 def test_a_stream_takes_the_size_of_the_step(shapes_set: Path) -> None:
-    transform = prepare.train_transform(recipe_of(steps=9, image_size_schedule="16:2", keep_rate_warmup=0))
+    transform = sources.train_transform(recipe_of(steps=9, image_size_schedule="16:2", keep_rate_warmup=0))
     stream = data.Stream([str(shapes_set)], readers=1, seed=0)
     batches = data.stream_loader(stream, 4, transform)
     assert [batch.pixels.shape[-1] for batch in itertools.islice(batches, 4)] == [16, 16, 32, 32]
