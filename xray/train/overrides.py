@@ -217,6 +217,10 @@ def validate(recipe: Recipe) -> None:
             f"chunk_size is {recipe.chunk_size} and must be 0 for {recipe.task}, whose loss compares no samples with "
             "each other as clip's does: lower batch_size instead"
         )
+    if recipe.optimizer == "lamb" and not recipe.weight_decay:
+        raise TrainError(
+            "weight_decay is 0 and must be more than 0 for lamb, which scales the steps of decayed weights only"
+        )
     schedule.check(recipe)
 
 

@@ -78,14 +78,16 @@ def keep_rate(recipe: Recipe, step: int) -> float:
 
 def shapes(recipe: Recipe) -> list[Shape]:
     """The whole run in order, cut wherever the image size or the keep rate changes."""
-    pairs = [parse_schedule(key, getattr(recipe, key)) for key in KINDS]
-    last_change = max(recipe.keep_rate_warmup, *(sum(steps for _, steps in schedule) for schedule in pairs))
-    walk = [
-        (image_size(recipe, step), 1.0 if recipe.task == "mae" else keep_rate(recipe, step))
-        for step in range(min(recipe.steps, last_change + 1))
-    ]
-    firsts = [step for step in range(len(walk)) if step == 0 or walk[step] != walk[step - 1]]
-    return [Shape(*walk[first], first, end - first) for first, end in itertools.pairwise([*firsts, recipe.steps])]
+    steps = set(range(recipe.keep_rate_warmup + 1))  # where either may change
+    for key in KINDS:
+        steps |= set(itertools.accumulate(count for _, count in parse_schedule(key, getattr(recipe, key))))
+    found: list[tuple[int, int, float]] = []
+    for step in sorted(step for step in steps if step < recipe.steps):
+        shape = image_size(recipe, step), 1.0 if recipe.task == "mae" else keep_rate(recipe, step)
+        if not found or found[-1][1:] != shape:
+            found.append((step, *shape))
+    ends = [*(first for first, *_ in found[1:]), recipe.steps]
+    return [Shape(size, rate, first, end - first) for (first, size, rate), end in zip(found, ends, strict=True)]
 
 
 @lru_cache
