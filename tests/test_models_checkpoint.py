@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,9 @@ def test_hand_off_refuses_a_damaged_encoder_before_changing_the_model(tmp_path: 
     rewrite(path, tensors={"encoder.norm.weight": torch.zeros(31)})
     model = build("tags", seed=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(models.CheckpointError, match=r"'norm.weight' of shape \(31,\) where the model needs \(32,\)"):
+    with pytest.raises(
+        models.CheckpointError, match=r"'encoder.norm.weight' of shape \(31,\) where the model needs \(32,\)"
+    ):
         models.load_encoder(model, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -299,3 +302,100 @@ def test_hand_off_needs_an_image_encoder_on_both_sides(tmp_path: Path) -> None:
         models.load_encoder(build("tags"), path)
     with pytest.raises(TypeError, match="must have an image encoder, got TextTransformer"):
         models.load_encoder(build("text"), path)
+
+
+@pytest.mark.parametrize("shape", [(1, 15, 32), (1, 16, 31), (16, 32), (1, 0, 32)], ids=str)
+def test_hand_off_refuses_positions_of_no_grid(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    models.save(build("tags", seed=1), path)
+    rewrite(path, tensors={"encoder.pos_embed": torch.zeros(shape)})
+    with pytest.raises(models.CheckpointError, match=r"'encoder.pos_embed' of shape .* needs \(1, 16, 32\)"):
+        models.load_encoder(build("tags", seed=2), path)
+
+
+@pytest.mark.parametrize("kind", ["clip", "mae", "tags"])
+def test_encoder_and_rest_make_the_whole(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    before, after = build(kind, seed=1), build(kind, seed=2).bfloat16()
+    models.save(before, path)
+    names = models.load_rest(after, path)
+    expected = {name: tensor.bfloat16() for name, tensor in before.state_dict().items()}
+    for name, tensor in after.state_dict().items():
+        assert torch.equal(tensor, expected[name]) == (name in names), name
+    names += models.load_encoder(after, path)
+    assert sorted(names) == sorted(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in after.state_dict().items())
+    assert {parameter.dtype for parameter in after.parameters()} == {torch.bfloat16}
+
+
+def test_rest_of_a_masked_autoencoder_of_another_size_is_interpolated(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    before, after = build("mae", seed=1), build("mae", dataclasses.replace(TINY, image_size=48), seed=2)
+    models.save(before, path)
+    models.load_rest(after, path)
+    assert torch.equal(after.decoder_pos_embed, resize_positions(before.decoder_pos_embed, 6))
+
+
+@pytest.mark.parametrize(
+    ("stored", "model", "message"),
+    [
+        ("tags", lambda: build("clip"), "holds a 'tags' model where a 'clip' model is needed"),
+        (
+            "clip",
+            lambda: models.Clip(models.ClipConfig(TINY, dataclasses.replace(TEXT, depth=3), 24)),
+            "has a 'clip' model with text.depth 2 where the model has 3",
+        ),
+        ("clip", lambda: models.Clip(models.ClipConfig(TINY, TEXT, 25)), "with embed_dim 24 where the model has 25"),
+        ("tags", lambda: models.TagClassifier(models.TagConfig(TINY, 6)), "with num_tags 5 where the model has 6"),
+        ("mae", lambda: models.MaskedAutoencoder(models.MaeConfig(TINY, 16, 1, 2)), "decoder_width 32 .* has 16"),
+        (
+            "tags",
+            lambda: build("tags", dataclasses.replace(TINY, width=64)),
+            r"'head.weight' of shape \(5, 32\) where the model needs \(5, 64\)",
+        ),
+    ],
+)
+def test_another_rest_is_refused_by_its_first_difference(stored: str, model: Any, message: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "model.safetensors", model()
+    models.save(build(stored, seed=1), path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(models.CheckpointError, match=message) as caught:
+        models.load_rest(model, path)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_hand_off_reads_one_tensor_at_a_time_and_hands_it_over_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    models.save(build("clip", seed=1).bfloat16(), path)
+    with torch.device("meta"):
+        model = models.Clip(models.ClipConfig(dataclasses.replace(TINY, image_size=48, num_frames=3), TEXT, 24))
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    given: dict[int, torch.Tensor] = {}
+
+    def assign(parameter: nn.Parameter, value: torch.Tensor) -> None:
+        assert (value.shape, value.dtype, value.is_cpu) == (parameter.shape, torch.float32, True)
+        assert not alive
+        alive.add(value)
+        given[id(parameter)] = value.clone()
+
+    names = models.load_encoder(model, path, assign=assign) + models.load_rest(model, path, assign=assign)
+    parameters = dict(model.named_parameters())
+    assert sorted(names) == sorted(parameters)
+    whole: Any = build("clip", dataclasses.replace(TINY, image_size=48, num_frames=3), seed=3)
+    models.load_encoder(whole, path)
+    models.load_rest(whole, path)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(given[id(parameters[name])], tensor), name
+    with pytest.raises(ValueError, match=r"meta device: call model.to_empty"):
+        models.load_encoder(model, path)
+
+
+def test_header_tells_what_a_file_holds(tmp_path: Path) -> None:
+    path, model = tmp_path / "model.safetensors", build("mae")
+    models.save(model, path, recipe="demo")
+    header = models.read_header(path)
+    assert (header.kind, header.config, header.metadata["recipe"]) == ("mae", model.config, "demo")
+    _truncate(path)
+    with pytest.raises(models.CheckpointError, match="truncated or corrupt"):
+        models.read_header(path)

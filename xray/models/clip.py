@@ -22,6 +22,17 @@ class ClipOutput(NamedTuple):
     logit_scale: Tensor
 
 
+class Projection(nn.Linear):
+    """A linear map without bias into the shared space, normal with deviation ``in_features**-0.5`` at first."""
+
+    def __init__(self, width: int, embed_dim: int) -> None:
+        super().__init__(width, embed_dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight in place."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+
 class Clip(nn.Module):
     """The two encoders, each with a linear projection to the shared space.
 
@@ -36,11 +47,14 @@ class Clip(nn.Module):
         self.config = config
         self.vision = VisionTransformer(config.vision)
         self.text = TextTransformer(config.text)
-        self.vision_projection = nn.Linear(config.vision.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
-        for projection in (self.vision_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.vision_projection = Projection(config.vision.width, config.embed_dim)
+        self.text_projection = Projection(config.text.width, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the scale in place; encoders and projections initialise themselves."""
+        nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
 
     def forward(self, pixels: Tensor, token_ids: Tensor, lengths: Tensor, keep_rate: float | None = None) -> ClipOutput:
         """Both encoders at once, for training; arguments as ``encode_image`` and ``encode_text``."""

@@ -1,11 +1,11 @@
-"""Model configurations: frozen dataclasses that validate themselves, the named sizes, and their costs."""
+"""Model configurations: frozen dataclasses that validate themselves, and the named sizes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 CHANNELS = 3
 """Colour channels of a frame; every model here reads RGB."""
@@ -76,7 +76,8 @@ class VisionConfig(_Config):
     """The image and clip encoder.
 
     Attributes:
-        image_size: side of the square frames, in pixels; a multiple of ``patch_size``.
+        image_size: side of the square frames whose positions are stored, in pixels; a multiple of ``patch_size``.
+            Frames of other multiples take them interpolated.
         patch_size: side of a patch, in pixels.
         width: channels of a token; a multiple of ``heads``.
         depth: number of transformer blocks.
@@ -215,16 +216,26 @@ class MaeConfig(_Config):
         _check_positive_ints(self, "decoder_width", "decoder_depth", "decoder_heads")
         _check_heads("MaeConfig decoder", self.decoder_width, self.decoder_heads)
         _check_positive_number("MaeConfig.mask_ratio", self.mask_ratio)
-        if not 0 < self.num_masked < self.vision.patches_per_frame:
-            raise ValueError(
-                f"MaeConfig.mask_ratio {self.mask_ratio} must hide at least one and leave at least one of "
-                f"{self.vision.patches_per_frame} patches, and hides {self.num_masked}"
-            )
+        self.num_masked_of(self.vision.patches_per_frame)
 
     @property
     def num_masked(self) -> int:
-        """Patches hidden in every image: ``mask_ratio`` of them, rounded to the nearest."""
-        return round(self.mask_ratio * self.vision.patches_per_frame)
+        """Patches hidden in every image of the native size."""
+        return self.num_masked_of(self.vision.patches_per_frame)
+
+    def num_masked_of(self, num_patches: int) -> int:
+        """Patches hidden of so many: ``mask_ratio`` of them, rounded to the nearest.
+
+        Raises:
+            ValueError: none or all would be hidden.
+        """
+        num_masked = round(self.mask_ratio * num_patches)
+        if not 0 < num_masked < num_patches:
+            raise ValueError(
+                f"MaeConfig.mask_ratio {self.mask_ratio} must hide at least one and leave at least one of "
+                f"{num_patches} patches, and hides {num_masked}"
+            )
+        return num_masked
 
 
 @dataclass(frozen=True)
@@ -238,6 +249,9 @@ class TagConfig(_Config):
         _check_part(self, "vision", VisionConfig)
         _check_positive_ints(self, "num_tags")
 
+
+Config = VisionConfig | TextConfig | ClipConfig | MaeConfig | TagConfig
+"""The configuration of any model here."""
 
 SIZES: dict[str, VisionConfig] = {
     "tiny": VisionConfig(image_size=32, patch_size=8, width=32, depth=4, heads=2),
@@ -260,63 +274,3 @@ depths and heads that the field uses under these names (DeiT; Zhai et al., arXiv
 g/14), so that published weights fit. "2b" is our choice: 2.0 billion parameters with 128-channel heads. The
 8 frames of the clip sizes are our choice too.
 """
-
-
-def num_kept(keep_rate: float, num_candidates: int) -> int:
-    """Tokens that an EViT layer keeps of ``num_candidates`` non-prefix tokens: the ceiling of their share."""
-    return math.ceil(keep_rate * num_candidates)
-
-
-class Cost(NamedTuple):
-    """What an encoder costs.
-
-    Attributes:
-        parameters: trainable scalars.
-        flops: floating-point operations of one forward pass of one sample, counting a multiply-add as two;
-            matrix products only (projections, attention, MLP), as is usual for such figures.
-        block_tokens: tokens, prefix included, entering the attention of each block.
-        kept_tokens: non-prefix tokens kept by each EViT layer that drops any, its fused token not counted.
-    """
-
-    parameters: int
-    flops: int
-    block_tokens: list[int]
-    kept_tokens: list[int]
-
-
-def encoder_cost(config: VisionConfig, *, keep_rate: float | None = None, num_frames: int = 1) -> Cost:
-    """Parameters, forward FLOPs and token counts of an encoder for one image or one clip.
-
-    Args:
-        config: the encoder.
-        keep_rate: share kept by each EViT layer; None takes ``config.keep_rate``.
-        num_frames: frames of the sample, 1 for an image.
-
-    Raises:
-        ValueError: ``keep_rate`` outside (0, 1] or ``num_frames`` outside 1 to ``config.num_frames``.
-    """
-    rate = config.keep_rate if keep_rate is None else keep_rate
-    check_keep_rate(rate)
-    if not 1 <= num_frames <= config.num_frames:
-        raise ValueError(f"num_frames must lie in 1 to {config.num_frames}, got {num_frames}")
-    width, hidden, prefix = config.width, config.mlp_width, config.num_prefix_tokens
-    patch_inputs = CHANNELS * config.patch_size**2
-    block_parameters = 4 * width + (4 * width * width + 4 * width) + (2 * width * hidden + width + hidden)
-    parameters = (
-        (patch_inputs + 1) * width
-        + (config.patches_per_frame + config.num_frames + prefix) * width
-        + config.depth * block_parameters
-        + 2 * width
-    )
-    candidates = num_frames * config.patches_per_frame
-    flops = 2 * candidates * patch_inputs * width
-    block_tokens, kept_tokens = [], []
-    for block in range(config.depth):
-        tokens = prefix + candidates
-        block_tokens.append(tokens)
-        flops += 2 * tokens * 4 * width * width + 4 * tokens * tokens * width
-        if block in config.evit_blocks and num_kept(rate, candidates) < candidates:
-            kept_tokens.append(num_kept(rate, candidates))
-            candidates = kept_tokens[-1] + 1
-        flops += 2 * (prefix + candidates) * 2 * width * hidden
-    return Cost(parameters, flops, block_tokens, kept_tokens)

@@ -8,6 +8,15 @@ from xray.models.config import TagConfig
 from xray.models.vit import VisionTransformer
 
 
+class TagHead(nn.Linear):
+    """The linear layer over the tags: truncated normal weights of deviation 0.02 and a zero bias at first."""
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias in place."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+
 class TagClassifier(nn.Module):
     """The encoder and one linear layer over the tags.
 
@@ -21,9 +30,7 @@ class TagClassifier(nn.Module):
             raise TypeError(f"config must be a TagConfig, got {type(config).__name__}")
         self.config = config
         self.encoder = VisionTransformer(config.vision)
-        self.head = nn.Linear(config.vision.width, config.num_tags)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = TagHead(config.vision.width, config.num_tags)
 
     def forward(self, pixels: Tensor, keep_rate: float | None = None) -> Tensor:
         """Images or clips, as ``VisionTransformer.encode`` takes them, to tag logits (B, num_tags)."""

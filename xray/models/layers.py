@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xray import ops
+
+
+class Linear(nn.Linear):
+    """A linear layer that starts with Xavier-uniform weights, a scale that fits any width, and a zero bias."""
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias in place."""
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Attention(nn.Module):
@@ -15,8 +27,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, count, width = tokens.shape
@@ -54,8 +66,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
@@ -119,15 +131,6 @@ class Block(nn.Module):
         return tokens + self.mlp(normed), indices
 
 
-def init_linear_layers(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases in every linear layer, a scale that fits any width."""
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            nn.init.xavier_uniform_(child.weight)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
-
-
 def sin_cos_positions(grid_size: int, width: int) -> Tensor:
     """The fixed 2-D sine-cosine embedding of a square grid, (1, grid_size**2, width) float32.
 
@@ -146,17 +149,22 @@ def sin_cos_positions(grid_size: int, width: int) -> Tensor:
 
 
 def resize_positions(positions: Tensor, grid_size: int) -> Tensor:
-    """Interpolate spatial embeddings (1, G*G, C) to (1, grid_size**2, C).
+    """Interpolate spatial embeddings (1, G*G, C) to (1, grid_size**2, C), differentiably.
 
-    Bicubic with antialiasing and unaligned corners, as timm's ``resample_abs_pos_embed``.
+    Bicubic with antialiasing and unaligned corners, as timm's ``resample_abs_pos_embed``; in at least float32.
     """
-    old = round(positions.shape[1] ** 0.5)
+    old = math.isqrt(positions.shape[1])
     if old == grid_size:
         return positions
-    picture = positions.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, C, G, G)
-    size = (grid_size, grid_size)
-    picture = F.interpolate(picture, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return picture.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+    wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
+    # What interpolation gives is linear and the same along rows and columns. Its weights are applied as plain sums,
+    # because the backward pass of F.interpolate adds with atomics on CUDA, and two runs would differ.
+    impulses = torch.eye(old, dtype=wide.dtype, device=wide.device)[None, None]
+    weights = F.interpolate(impulses, size=(grid_size, old), mode="bicubic", antialias=True, align_corners=False)
+    weights = weights[0, 0, ..., None, None]  # (new, G, 1, 1)
+    picture = wide.unflatten(1, (1, old, old))  # (1, 1, G, G, C)
+    rows = (weights * picture).sum(2)  # (1, new, G, C)
+    return (weights[:, :, 0] * rows[:, :, None]).sum(3).flatten(1, 2).to(positions.dtype)
 
 
 def resize_frame_positions(positions: Tensor, num_frames: int) -> Tensor:

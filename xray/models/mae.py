@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from xray.models.config import CHANNELS, MaeConfig
-from xray.models.layers import Block, init_linear_layers, sin_cos_positions
+from xray.models.layers import Block, Linear, resize_positions, sin_cos_positions
 from xray.models.vit import VisionTransformer
 
 
@@ -40,51 +41,86 @@ class MaskedAutoencoder(nn.Module):
         self.config = config
         vision, width = config.vision, config.decoder_width
         self.encoder = VisionTransformer(vision)
-        self.decoder_embed = nn.Linear(vision.width, width)
+        self.decoder_embed = Linear(vision.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(sin_cos_positions(vision.grid_size, width))
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, vision.patches_per_frame, width))
         self.decoder_blocks = nn.ModuleList(
             Block(width, config.decoder_heads, 4 * width, vision.layer_norm_eps) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=vision.layer_norm_eps)
-        self.decoder_pred = nn.Linear(width, CHANNELS * vision.patch_size**2)
-        nn.init.normal_(self.mask_token, std=0.02)
-        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
-            init_linear_layers(module)
+        self.decoder_pred = Linear(width, CHANNELS * vision.patch_size**2)
+        self.reset_parameters()
 
-    def forward(self, pixels: Tensor, generator: torch.Generator | None = None) -> MaeOutput:
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise mask token and decoder positions in place; encoder and layers initialise themselves."""
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder_pos_embed.copy_(sin_cos_positions(self.config.vision.grid_size, self.config.decoder_width))
+
+    def forward(
+        self, pixels: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None
+    ) -> MaeOutput:
         """Hide patches at random, predict them and score the prediction.
 
         Args:
-            pixels: images (B, 3, H, W), or clips of one frame (B, 3, 1, H, W), floating point.
+            pixels: images (B, 3, H, W), or clips of one frame (B, 3, 1, H, W), floating point, H = W a multiple
+                of ``patch_size``; N patches an image.
             generator: source of the masks; the same state gives the same masks whatever device the pixels are
                 on, because noise is drawn on the generator's own device. None draws from the global one.
+            noise: (B, N) floating point, instead of a generator: each image's patches of least noise are hidden,
+                as ``mask_from_noise`` says. With noise of its own a sample has its mask in whatever batch it is.
 
         Raises:
-            ValueError: wrong shape, or more than one frame.
-            TypeError: pixels that are not a floating-point tensor.
+            ValueError: wrong shape, more than one frame, so small an image that none or all of its patches
+                would be hidden, or a generator as well as noise.
+            TypeError: pixels or noise that are not a floating-point tensor.
         """
         self.encoder.check_pixels(pixels)
         if pixels.ndim == 5 and pixels.shape[2] != 1:
             raise ValueError(
                 f"pixels must be images or clips of one frame to be masked, got shape {tuple(pixels.shape)}"
             )
-        mask = self.random_mask(pixels.shape[0], generator).to(pixels.device)
+        num_patches = (pixels.shape[-1] // self.config.vision.patch_size) ** 2
+        if noise is None:
+            mask = self.random_mask(pixels.shape[0], generator, num_patches)
+        elif generator is not None:
+            raise ValueError("noise and generator must not both be given: either decides the masks")
+        else:
+            self._check_noise(noise, (pixels.shape[0], num_patches))
+            mask = self.mask_from_noise(noise)
+        mask = mask.to(pixels.device)
         prediction = self._predict(pixels, mask)
         target, _, _ = self._target(pixels)
         error = (prediction.float() - target).square().mean(dim=-1)  # (B, N)
         loss = (error * mask).sum() / mask.sum()
         return MaeOutput(loss, prediction, mask)
 
-    def random_mask(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """(batch, N) bool with exactly ``config.num_masked`` True in each row, on the generator's device."""
+    def random_mask(
+        self, batch: int, generator: torch.Generator | None = None, num_patches: int | None = None
+    ) -> Tensor:
+        """``mask_from_noise`` of uniform noise, on the generator's device; N is ``num_patches``, or the native one."""
         device = generator.device if generator is not None else None
-        noise = torch.rand(batch, self.config.vision.patches_per_frame, generator=generator, device=device)
+        num_patches = self.config.vision.patches_per_frame if num_patches is None else num_patches
+        return self.mask_from_noise(torch.rand(batch, num_patches, generator=generator, device=device))
+
+    def mask_from_noise(self, noise: Tensor) -> Tensor:
+        """Noise (B, N) to (B, N) bool, True where a patch is hidden: the ``config.num_masked_of(N)`` least of each row.
+
+        Of equal values the first counts as less.
+        """
         ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
-        return ranks < self.config.num_masked
+        return ranks < self.config.num_masked_of(noise.shape[1])
+
+    def _check_noise(self, noise: Tensor, shape: tuple[int, int]) -> None:
+        if not isinstance(noise, Tensor) or not noise.is_floating_point():
+            kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+            raise TypeError(f"noise must be a floating-point tensor, got {kind}")
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise must be {shape}, a number for each patch, got shape {tuple(noise.shape)}")
 
     def _predict(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        num_visible = mask.shape[1] - self.config.num_masked
+        num_patches = mask.shape[1]
+        num_visible = num_patches - self.config.num_masked_of(num_patches)
         # A stable sort puts the visible patches first, in their own order, with no host synchronisation.
         visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible]
         patches = self.encoder.embed(pixels)
@@ -93,7 +129,8 @@ class MaskedAutoencoder(nn.Module):
         prefix, latent = latent.tensor_split([self.config.vision.num_prefix_tokens], dim=1)
         full = self.mask_token.to(latent.dtype).expand(mask.shape[0], mask.shape[1], -1)
         full = full.scatter(1, visible[..., None].expand(-1, -1, latent.shape[-1]), latent)
-        tokens = torch.cat([prefix, full + self.decoder_pos_embed], dim=1)
+        positions = resize_positions(self.decoder_pos_embed, math.isqrt(num_patches))
+        tokens = torch.cat([prefix, full + positions], dim=1)
         for block in self.decoder_blocks:
             tokens, _ = block(tokens)
         return self.decoder_pred(self.decoder_norm(tokens[:, prefix.shape[1] :]))

@@ -6,9 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from xray.models.config import TextConfig
-from xray.models.layers import Block, init_linear_layers
+from xray.models.layers import Block
 
 _INTEGERS = (torch.int64, torch.int32)
+
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token, normal with deviation 0.02 at first."""
+
+    def reset_parameters(self) -> None:
+        """Initialise the table in place."""
+        nn.init.normal_(self.weight, std=0.02)
 
 
 class TextTransformer(nn.Module):
@@ -19,13 +27,15 @@ class TextTransformer(nn.Module):
         if not isinstance(config, TextConfig):
             raise TypeError(f"config must be a TextConfig, got {type(config).__name__}")
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.token_embedding = TokenEmbedding(config.vocab_size, config.width)
         self.position_embedding = nn.Parameter(torch.empty(1, config.context_length, config.width))
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the positions in place; the layers initialise themselves."""
         nn.init.normal_(self.position_embedding, std=0.01)
-        init_linear_layers(self.blocks)
 
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """Encode captions.

@@ -112,8 +112,9 @@ def _header(path: Path) -> dict[str, str]:
         return {}  # reading the weights will say what is wrong
 
 
-def start_from(model: nn.Module, path: Path) -> str:
-    """Copy weights from an earlier run's model, and say in words which.
+def start_from(model: nn.Module, path: Path, *, assign: models.Assign | None = None) -> str:
+    """Copy weights from an earlier run's model, one tensor at a time, and say in words which; `assign` as in
+    `models.load_encoder`.
 
     The image encoder always; from a clip model to a clip model of the same text encoder all the rest too,
     so that a finished model can be trained on.
@@ -121,15 +122,13 @@ def start_from(model: nn.Module, path: Path) -> str:
     Raises:
         CheckpointError: the file is damaged or its encoder is another.
     """
-    models.load_encoder(model, path)
-    if not isinstance(model, models.Clip) or _header(path).get("kind") != "clip":
+    models.load_encoder(model, path, assign=assign)
+    config = models.read_header(path).config
+    if not isinstance(model, models.Clip) or not isinstance(config, models.ClipConfig):
         return "the image encoder"
-    source, _ = models.load(path, kind="clip")
-    assert isinstance(source, models.Clip)
-    if source.config.text != model.config.text or source.config.embed_dim != model.config.embed_dim:
+    if config.text != model.config.text or config.embed_dim != model.config.embed_dim:
         return "the image encoder, but not the text encoder, which is of another size"
-    rest = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("vision.")}
-    model.load_state_dict(rest, strict=False)
+    models.load_rest(model, path, assign=assign)
     return "the whole model"
 
 
