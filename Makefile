@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test bench lint gpu clean
+.PHONY: setup demo test chaos bench lint gpu clean
 
 setup: .venv/.ready
 
@@ -14,6 +14,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Training killed 24 times at random moments; a small version is among the tests.
+chaos: setup
+	$(BIN)/python tests/chaos.py
 
 bench: setup
 	$(BIN)/python -m pytest bench/ --benchmark

@@ -57,7 +57,7 @@ def test_help_and_version(run: Run) -> None:
     for words in ((), ("--help",)):
         status, printed, _ = run(*words)
         assert status == 0
-        for command in ("demo", "data", "train", "eval"):
+        for command in ("demo", "data", "train", "export", "eval"):
             assert f"\n    {command} " in printed
     assert run("--version")[1].strip() == f"xray {xray.__version__}"
     assert "fetch" in run("data")[1]
@@ -75,7 +75,7 @@ def test_list_is_aligned(run: Run) -> None:
     ("words", "message"),
     [
         ("trian clip_tiny", "error: there is no command 'trian'; did you mean train?"),
-        ("xyz", "error: there is no command 'xyz'; the commands are demo, data, train, eval"),
+        ("xyz", "error: there is no command 'xyz'; the commands are demo, data, train, export, eval"),
         ("train clip_tny", "error: there is no recipe 'clip_tny'; did you mean clip_tiny?"),
         ("train zzz", "error: there is no recipe 'zzz': see `xray train --list`"),
         ("train clip_tiny stesp=3", "error: a recipe has no key 'stesp'; did you mean steps?"),

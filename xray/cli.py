@@ -1,8 +1,9 @@
-"""The command line: `xray demo | data | train | eval`.
+"""The command line: `xray demo | data | train | export | eval`.
 
 Settings are written key=value, as in `xray train clip_tiny steps=200 out=runs/try`. Each command imports
 what it needs when it runs, so `xray --help` answers at once. A mistake in what was asked for ends in one
-line, "error: ...", and exit status 2; Ctrl-C in 128 + the signal's number.
+line, "error: ...", and exit status 2; Ctrl-C in 128 + the signal's number; a training run that
+SIGTERM has ended, saved, in 0.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import difflib
 import inspect
 import json
 import os
+import signal
 import sys
 import types
 import typing
@@ -34,9 +36,9 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
-def program() -> typing.NoReturn:
-    """The `xray` program: `main` on the process's own arguments, and the end of the process."""
-    status = main()
+def program(*command: str) -> typing.NoReturn:
+    """The `xray` program: `main` on `command` and the process's own arguments, and the end of the process."""
+    status = main([*command, *sys.argv[1:]])
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Meshes that torch caches keep gloo's threads alive. One that lets go of its last tensor while the
         # interpreter shuts down aborts the process, so there is no shutdown: multiprocessing ends so, too.
@@ -138,13 +140,21 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "train",
         help="train a recipe",
         description="Train a recipe. The run's folder gets metrics.jsonl, checkpoints and model.safetensors.",
-        epilog="Ctrl-C saves a checkpoint, resume=latest goes on. On several GPUs: torchrun -m xray train",
+        epilog="Ctrl-C and SIGTERM save a checkpoint, resume=latest goes on. On several GPUs: torchrun -m xray.train",
     )
     train.add_argument("recipe", nargs="?", metavar="RECIPE", help="see --list")
     _settings(train, "out=DIR steps=N seed=S init=CHECKPOINT resume=latest and all others that --show names")
     train.add_argument("--list", action="store_true", help="list the recipes")
     train.add_argument("--show", action="store_true", help="print the recipe's settings and do not train")
+    train.add_argument("--dry-run", action="store_true", help="print sizes, costs, memory and shards and do not train")
+    train.add_argument("--ranks", type=int, metavar="N", help="processes that --dry-run plans for")
     train.set_defaults(command=_train)
+
+    export = commands.add_parser("export", help="write a run's weights, or a checkpoint's, as one safetensors file")
+    export.add_argument("source", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    export.add_argument("out", metavar="OUT", help="the file to write")
+    _settings(export, "step=N (default: the last), timm=true for the image encoder under timm's names")
+    export.set_defaults(command=_export)
 
     evaluate = commands.add_parser("eval", help="evaluate a trained model on held-out data")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a model.safetensors, or the folder of its run")
@@ -165,6 +175,13 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     recipe = train.recipe_for(options.recipe, options.settings)
     train.validate(recipe)
+    if options.ranks is not None and not options.dry_run:
+        raise UsageError("--ranks N goes with --dry-run: torchrun decides how many processes train")
+    if options.dry_run:
+        from xray.train import plan
+
+        print(plan.describe(recipe, _world_size() if options.ranks is None else options.ranks))
+        return 0
     if options.show:
         for key, value in vars(recipe).items():
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -175,7 +192,8 @@ def _train(options: argparse.Namespace) -> int:
     except train.Stopped as stopped:
         if _is_first():
             print(stopped, file=sys.stderr)
-        return 128 + stopped.signal_number
+        # A scheduler that ends a job gracefully by SIGTERM is to see that it ended well.
+        return 0 if stopped.signal_number == signal.SIGTERM else 128 + stopped.signal_number
     if _is_first():
         print(out / "model.safetensors")
     return 0
@@ -183,6 +201,17 @@ def _train(options: argparse.Namespace) -> int:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from xray.train.export import export
+
+    print(export(options.source, options.out, **_keywords(export, _pairs(options.settings), ("source", "out"))))
+    return 0
 
 
 def recipe_table() -> str:

@@ -141,12 +141,14 @@ def find(out: Path, resume: str) -> Path | None:
     Raises:
         TrainError: there is no such checkpoint.
     """
-    run = out if resume == "latest" else Path(resume)
+    if resume == "auto" and not (out / "recipe.json").is_file():
+        return None
+    run = out if resume in ("latest", "auto") else Path(resume)
     if (run / "state.json").is_file():
         return run
     if checkpoints := complete(run):
         return checkpoints[-1]
-    if resume == "latest" and (out / "recipe.json").is_file():
+    if resume in ("latest", "auto") and (out / "recipe.json").is_file():
         return None
     if resume == "latest":
         raise TrainError(f"resume is latest and {out} holds no run: name its folder by out=FOLDER, or leave resume out")

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from xray.train import rendezvous
 from xray.train.errors import TrainError
 from xray.train.tasks import Task
+
+TIMEOUT = timedelta(minutes=10)  # for which processes wait for each other before they take one for dead
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def world() -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    rendezvous.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", TIMEOUT)
     try:
         yield World(rank=rank, size=size, device=device)
     finally:

@@ -46,7 +46,7 @@ class _Run:
     def __init__(self, recipe: Recipe, place: World) -> None:
         self.place = place
         self.out = Path(recipe.out or f"runs/{recipe.name}")
-        self.recipe = recipe = replace(recipe, out=str(self.out))
+        self.recipe = recipe = prepare.after_restart(self.out, replace(recipe, out=str(self.out)), place)
         resumed = checkpoint.find(self.out, recipe.resume) if recipe.resume else None
         state = checkpoint.read_state(resumed) if resumed is not None else None
         if state is not None and state.recipe.get("task") != recipe.task:

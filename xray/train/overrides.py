@@ -120,15 +120,15 @@ def recipe_for(name: str, arguments: Sequence[str]) -> Recipe:
     """
     recipe = find_recipe(name)
     asked = parse_overrides(recipe, arguments)
-    if not asked.resume:
-        return asked
     run = Path(asked.out or f"runs/{name}")
-    if asked.resume != "latest":
+    if not asked.resume or (asked.resume == "auto" and not (run / "recipe.json").is_file()):
+        return asked
+    if asked.resume not in ("latest", "auto"):
         path = Path(asked.resume)
         source = path / "state.json"
         if not asked.out:
             run = path.parent.parent if source.is_file() else path
-    if asked.resume == "latest" or not source.is_file():
+    if asked.resume in ("latest", "auto") or not source.is_file():
         source = run / "recipe.json"
     saved = _saved_settings(source)
     if saved.get("name", name) != name:

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from xray.train.errors import TrainError
 from xray.train.recipes import Recipe
 from xray.train.tasks import Task, learn
 
+LAUNCH = ".launch"
 MOST_GRAPHS = 128  # shapes a block is compiled for: images and clips, times layers, times keep rates
 
 
@@ -38,7 +41,7 @@ def open_folder(out: Path, recipe: Recipe, start: int, resumed: Path | None) -> 
                 f"resume goes back to step {start} and {out} holds later checkpoints up to "
                 f"{doomed[-1].name}: add overwrite=true to delete them"
             )
-    elif used and not recipe.overwrite and recipe.resume != "latest":
+    elif used and not recipe.overwrite and recipe.resume not in ("latest", "auto"):
         raise TrainError(
             f"{out} holds an earlier run: go on with it by resume=latest, replace it by overwrite=true, or "
             f"choose another out"
@@ -50,10 +53,36 @@ def open_folder(out: Path, recipe: Recipe, start: int, resumed: Path | None) -> 
         if not own:
             shutil.rmtree(out / "tensorboard", ignore_errors=True)
         (out / "model.safetensors").unlink(missing_ok=True)
+        (out / LAUNCH).write_text(_launch(), encoding="utf-8")
         written = replace(recipe, resume="", overwrite=False)
         (out / "recipe.json").write_text(json.dumps(asdict(written), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise TrainError(f"out is {out}, which cannot be written: {checkpoint.reason(error)}") from error
+
+
+def after_restart(out: Path, recipe: Recipe, place: World) -> Recipe:
+    """The recipe, but going on with its run where torchrun has restarted the processes that had begun it.
+
+    A restart that follows a mistake, such as a folder that holds another run, must not take that run for its own: the
+    folder remembers who began.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return recipe
+
+    def begun() -> bool:
+        try:
+            return (out / LAUNCH).read_text(encoding="utf-8") == _launch()
+        except OSError:
+            return False
+
+    if place.share(begun() if place.is_first else None):
+        return replace(recipe, resume="auto", overwrite=False)
+    return recipe
+
+
+def _launch() -> str:
+    """What stays the same while an agent of torchrun restarts its processes, and in no other launch: the agent."""
+    return f"{socket.gethostname()} {os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"
 
 
 def open_data(recipe: Recipe, out: Path, place: World) -> list[data.Dataset]:

@@ -120,7 +120,7 @@ class Recipe:
     stream: bool = False
     readers: int = 0
     shuffle_buffer: int = 1000
-    read_timeout: float = 60.0
+    read_timeout: float = 20.0
     tags_file: str = ""
     tokenizer_file: str = ""
 
