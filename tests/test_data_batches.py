@@ -80,6 +80,40 @@ def test_clips_between_do_not_make_images_come_twice(shapes: Path) -> None:
     assert len(set(made)) == images
 
 
+def test_weights_set_the_share_of_each_dataset(shapes: Path, tmp_path: Path) -> None:
+    large, small = Dataset(shapes), Dataset(data.generated(tmp_path / "small", 40, 4, image_size=16))
+    both = [large, small]
+    sizes = {media: [dataset.column("media").count(media) for dataset in both] for media in ("image", "clip")}
+    steps = sum(sizes["image"]) // 8
+
+    def from_small(made: list[data.Batch], media: str) -> list[bool]:
+        texts = set(zip(small.column("id"), small.column("caption"), strict=True))
+        return [
+            pair in texts
+            for batch in made
+            if batch.media == media
+            for pair in zip(batch.ids, batch.captions, strict=True)
+        ]
+
+    made = first(3 * steps, both, weights=(1, 3))
+    chosen = from_small(made, "image")
+    assert 0.65 < sum(chosen) / len(chosen) < 0.85
+    epoch = Counter(id for batch in made[:steps] for id in batch.ids)
+    assert len(epoch) > 3 * sizes["image"][1] / 2  # of both, each as evenly as can be
+    clips = from_small(first(60, both, weights=(1, 3), clip_fraction=1.0), "clip")
+    assert 0.6 < sum(clips) / len(clips) < 0.9
+    assert not any(from_small(first(9, both, weights=(5, 0)), "image"))
+    for step in (2, steps, steps + 3):
+        assert_equal(made[step], first(1, both, weights=(2, 6), start_step=step)[0])
+        halves = [
+            first(1, both, weights=(1, 3), batch_size=4, rank=rank, world_size=2, start_step=step)[0] for rank in (0, 1)
+        ]
+        assert made[step].ids == halves[0].ids + halves[1].ids
+    mostly = first(steps, both, weights=(1, 0.001))
+    counts = Counter(id for batch in mostly for id in batch.ids)
+    assert max(counts.values()) <= -(-steps * 8 // sizes["image"][0]) + 1
+
+
 def test_a_sample_is_augmented_anew_each_time(tmp_path: Path) -> None:
     lone = Dataset(data.generated(tmp_path / "one", 1, clip_share=0), None)
     made = first(4, lone, batch_size=2)
@@ -144,5 +178,8 @@ def test_bad_arguments_of_the_loader(shapes: Path) -> None:
     ):
         with pytest.raises(data.DataError, match=words):
             first(1, dataset, **options)
+    for weights in ((1,), (0, 0), (1, -1), (1, float("inf"))):
+        with pytest.raises(data.DataError, match="for 2 sources; one number from 0 up for each"):
+            first(1, [dataset, dataset], weights=weights)
     with pytest.raises(data.DataError, match="hold no sample"):
         first(1, Dataset(shapes, min_tags=9))

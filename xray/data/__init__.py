@@ -2,6 +2,7 @@
 batches.
 
 fetch (public sets) -> pack (any folder: decode, clean, split, shards) -> Dataset -> loader -> Batch
+                                               tar shards anywhere -> Stream -> stream_loader -> Batch
 """
 
 from xray.data import transforms
@@ -13,6 +14,7 @@ from xray.data.errors import DataError, DecodeError, SourceUnavailable
 from xray.data.packing import Packed, pack
 from xray.data.shapes import generated
 from xray.data.sources import SOURCES, default_cache, fetch
+from xray.data.streams import Stream, parse_sources, stream_loader
 from xray.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Packed",
     "Sample",
     "SourceUnavailable",
+    "Stream",
     "Tokenizer",
     "decode",
     "default_cache",
@@ -31,8 +34,10 @@ __all__ = [
     "generated",
     "loader",
     "pack",
+    "parse_sources",
     "prepare_demo",
     "sequential",
     "skipped",
+    "stream_loader",
     "transforms",
 ]

@@ -2,7 +2,9 @@
 
 Nothing is remembered between steps, so a run resumes from the integer s alone, and the number of worker
 processes changes nothing. An unreadable sample is counted, named once, and replaced by the next readable
-one of the same epoch's order.
+one of the same epoch's order; so a truncated shard and a corrupt image are survived. A read that never
+returns, as on a network file system that has gone, is not: the operating system gives no way to leave it.
+`streams` reads such storage in bounded time.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Batch:
         labels: B labels, "" where there is none.
         ids: B sample ids.
         media: "image" or "clip".
-        skipped: (id, reason) of samples that could not be read while this batch was made.
+        skipped: (id, reason) of samples that could not be read while this batch was made; of a stream also
+            (address, reason) of shards that were given up.
+        state: of a stream, the state of each of this rank's readers after this batch, by number; see `streams`.
     """
 
     pixels: torch.Tensor
@@ -48,13 +52,16 @@ class Batch:
     ids: list[str]
     media: str = "image"
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    state: dict[int, bytes] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def skipped() -> dict[str, str]:
-    """Samples that could not be read in this process so far, and in its workers: id -> reason."""
+    """What could not be read in this process so far, and in its workers: id of a sample, or address of a shard of a
+    stream, -> reason.
+    """
     return dict(_skipped)
 
 
@@ -68,11 +75,14 @@ def loader(
     rank: int = 0,
     world_size: int = 1,
     clip_fraction: float = 0.0,
+    weights: Sequence[float] | None = None,
 ) -> Iterator[Batch]:
     """Batches of step `start_step`, `start_step` + 1, ... without end.
 
     Each epoch is one permutation of the samples, cut into global batches; what is left over is dropped.
-    Images and clips have their own permutations; clip batches are spread evenly over the steps.
+    Images and clips have their own permutations; clip batches are spread evenly over the steps. With `weights`
+    an epoch has as many samples, but the dataset of each is drawn by weight: a dataset that is drawn more often
+    than it has samples comes several times, one that is drawn less often in part, another part each epoch.
 
     Args:
         datasets: one dataset, or several that are read as one.
@@ -85,20 +95,18 @@ def loader(
         rank: this process's part of each global batch, 0 to world_size - 1.
         world_size: number of parts; a global batch holds batch_size * world_size samples.
         clip_fraction: share of the steps that are clips, 0 to 1; datasets with only one kind give that kind.
+        weights: how often samples come from each dataset, relative to the others that have the step's kind; None
+            takes each sample once an epoch.
 
     Raises:
         DataError: no samples, or an argument out of range; later, when reading: nothing readable is left.
     """
     datasets = [datasets] if isinstance(datasets, Dataset) else list(datasets)
-    if batch_size < 1 or start_step < 0 or num_workers < 0:
-        raise DataError(
-            f"batch_size, start_step and num_workers are {batch_size}, {start_step} and {num_workers}; "
-            "at least 1, 0 and 0 are needed"
-        )
-    if not 0 <= rank < world_size:
-        raise DataError(f"rank is {rank} of world_size {world_size}; 0 to world_size - 1 is needed")
-    if not 0 <= clip_fraction <= 1:
-        raise DataError(f"clip_fraction is {clip_fraction}; a share from 0 to 1 is needed")
+    check_arguments(batch_size, start_step, num_workers, rank, world_size, clip_fraction)
+    if weights is not None:
+        shares = check_weights(weights, len(datasets))
+        datasets = [dataset for dataset, share in zip(datasets, shares, strict=True) if share]
+        weights = [share for share in shares if share]
     places = {media: _places(datasets, media) for media in ("image", "clip")}
     if not len(places["image"]) and not len(places["clip"]):
         raise DataError(
@@ -108,7 +116,7 @@ def loader(
         clip_fraction = 1.0
     if not len(places["clip"]):
         clip_fraction = 0.0
-    steps = _Steps(datasets, places, batch_size, transform, seed, rank, world_size, clip_fraction)
+    steps = _Steps(datasets, places, weights, batch_size, transform, seed, rank, world_size, clip_fraction)
     return _iterate(steps, start_step, num_workers)
 
 
@@ -135,12 +143,79 @@ def sequential(dataset: Dataset, batch_size: int, transform: Transform) -> Itera
                 try:
                     sample = dataset[int(place)]
                 except DecodeError as error:
-                    _count([(dataset.index["id"][int(place)].as_py(), str(error))])
+                    count_skipped([(dataset.index["id"][int(place)].as_py(), str(error))])
                     continue
                 samples.append(sample)
                 pixels.append(transform(sample, None))
             if samples:
-                yield _collate(samples, pixels, [])
+                yield collate(samples, pixels, [])
+
+
+def check_arguments(
+    batch_size: int, start_step: int, num_workers: int, rank: int, world_size: int, clip_fraction: float
+) -> None:
+    """Refuse what no loader can do.
+
+    Raises:
+        DataError: an argument is out of range.
+    """
+    if batch_size < 1 or start_step < 0 or num_workers < 0:
+        raise DataError(
+            f"batch_size, start_step and num_workers are {batch_size}, {start_step} and {num_workers}; "
+            "at least 1, 0 and 0 are needed"
+        )
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank is {rank} of world_size {world_size}; 0 to world_size - 1 is needed")
+    if not 0 <= clip_fraction <= 1:
+        raise DataError(f"clip_fraction is {clip_fraction}; a share from 0 to 1 is needed")
+
+
+def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """The weights of `count` datasets or sources as shares of 1.
+
+    Raises:
+        DataError: another number of them, or not finite and at least 0, or all 0.
+    """
+    values = np.asarray(weights, np.float64)
+    if values.shape != (count,) or not (np.isfinite(values).all() and (values >= 0).all() and values.any()):
+        raise DataError(f"weights are {tuple(weights)} for {count} sources; one number from 0 up for each is needed")
+    return tuple((values / values.sum()).tolist())
+
+
+def kind_of_step(step: int, clip_fraction: float) -> tuple[str, int]:
+    """ "image" or "clip", and how many steps of that kind came before `step`; clip steps are spread evenly."""
+    clips_before = math.floor(step * clip_fraction)
+    is_clip = math.floor((step + 1) * clip_fraction) > clips_before
+    return ("clip", clips_before) if is_clip else ("image", step - clips_before)
+
+
+def augmentation(seed: int, step: int, slot: int) -> torch.Generator:
+    """The generator that augments the sample in this slot of the global batch of a step."""
+    return torch.Generator().manual_seed(_mix(seed, step, slot))
+
+
+def collate(samples: list[Sample], pixels: list[torch.Tensor], bad: list[tuple[str, str]]) -> Batch:
+    """One batch of transformed samples of one kind; in a worker process its pixels are in shared memory."""
+    return Batch(
+        pixels=torch.utils.data.default_collate(pixels),
+        captions=[sample.caption for sample in samples],
+        tags=[sample.tags for sample in samples],
+        labels=[sample.label for sample in samples],
+        ids=[sample.id for sample in samples],
+        media=samples[0].media,
+        skipped=bad,
+    )
+
+
+def count_skipped(bad: list[tuple[str, str]]) -> None:
+    """Add to `skipped()`, naming the first ones in the log."""
+    for id, reason in bad:
+        if id not in _skipped:
+            _skipped[id] = reason
+            if len(_skipped) <= NAMED:
+                _log.warning("skipped %s: %s", id, reason)
+            if len(_skipped) == NAMED:
+                _log.warning("what is skipped from here on is only counted, in xray.data.skipped()")
 
 
 def _iterate(steps: _Steps, start_step: int, num_workers: int) -> Iterator[Batch]:
@@ -152,18 +227,8 @@ def _iterate(steps: _Steps, start_step: int, num_workers: int) -> Iterator[Batch
         persistent_workers=False,
     )
     for batch in batches:
-        _count(batch.skipped)
+        count_skipped(batch.skipped)
         yield batch
-
-
-def _count(bad: list[tuple[str, str]]) -> None:
-    for id, reason in bad:
-        if id not in _skipped:
-            _skipped[id] = reason
-            if len(_skipped) <= NAMED:
-                _log.warning("skipped sample %s: %s", id, reason)
-            if len(_skipped) == NAMED:
-                _log.warning("further skipped samples are only counted, in xray.data.skipped()")
 
 
 def _places(datasets: Sequence[Dataset], media: str) -> np.ndarray:
@@ -182,6 +247,7 @@ class _Steps(torch.utils.data.Dataset):
         self,
         datasets: list[Dataset],
         places: dict[str, np.ndarray],
+        weights: Sequence[float] | None,
         batch_size: int,
         transform: Transform,
         seed: int,
@@ -190,27 +256,24 @@ class _Steps(torch.utils.data.Dataset):
         clip_fraction: float,
     ) -> None:
         self.datasets, self.places, self.transform = datasets, places, transform
+        self.shares = {media: _shares(places[media], weights) for media in places}
         self.batch_size, self.seed, self.rank = batch_size, seed, rank
         self.global_batch, self.clip_fraction = batch_size * world_size, clip_fraction
 
     def __getitem__(self, step: int) -> Batch:
-        clips_before = math.floor(step * self.clip_fraction)
-        is_clip = math.floor((step + 1) * self.clip_fraction) > clips_before
-        media, turn = ("clip", clips_before) if is_clip else ("image", step - clips_before)
+        media, turn = kind_of_step(step, self.clip_fraction)
         places = self.places[media]
         steps_per_epoch = max(1, len(places) // self.global_batch)
-        order = _permutation(len(places), self.seed, media, turn // steps_per_epoch)
+        order = _order(len(places), self.shares[media], self.seed, media, turn // steps_per_epoch)
         first = turn % steps_per_epoch * self.global_batch + self.rank * self.batch_size
         bad: list[tuple[str, str]] = []
         samples, pixels = [], []
         for place in range(first, first + self.batch_size):
             sample = self._read(places, order, place, bad)
-            generator = torch.Generator().manual_seed(
-                _mix(self.seed, step, place - first + self.rank * self.batch_size)
-            )
+            slot = place - first + self.rank * self.batch_size
             samples.append(sample)
-            pixels.append(self.transform(sample, generator))
-        return _collate(samples, pixels, bad)
+            pixels.append(self.transform(sample, augmentation(self.seed, step, slot)))
+        return collate(samples, pixels, bad)
 
     def _read(self, places: np.ndarray, order: np.ndarray, place: int, bad: list[tuple[str, str]]) -> Sample:
         """The sample at `place` of the order, or the same place of the next global batch that can be read.
@@ -231,23 +294,30 @@ class _Steps(torch.utils.data.Dataset):
         raise DataError(f"none of {count} samples can be read, the last because {bad[-1][1]}; pack the dataset again")
 
 
+def _shares(places: np.ndarray, weights: Sequence[float] | None) -> tuple[tuple[int, float], ...]:
+    """Size and weight of each dataset that has samples of a kind; nothing without weights."""
+    if weights is None:
+        return ()
+    sizes = np.bincount(places[:, 0], minlength=len(weights)).tolist()
+    return tuple((size, weight) for size, weight in zip(sizes, weights, strict=True) if size)
+
+
 @lru_cache(maxsize=8)
-def _permutation(count: int, seed: int, media: str, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, media == "clip", epoch]).permutation(count)
+def _order(count: int, shares: tuple[tuple[int, float], ...], seed: int, media: str, epoch: int) -> np.ndarray:
+    """The places of an epoch in order: a permutation of `count`, or with shares a mixture by weight."""
+    random = np.random.default_rng([seed, media == "clip", epoch])
+    if not shares:
+        return random.permutation(count)
+    sizes, weights = np.array([size for size, _ in shares]), np.array([weight for _, weight in shares])
+    chosen = random.choice(len(shares), size=count, p=weights / weights.sum())
+    order = np.empty(count, np.int64)
+    for number, (size, start) in enumerate(zip(sizes, np.cumsum(sizes) - sizes, strict=True)):
+        slots = np.flatnonzero(chosen == number)
+        rounds = [random.permutation(size) for _ in range(-(-len(slots) // size))]
+        order[slots] = start + np.concatenate([*rounds, np.empty(0, np.int64)])[: len(slots)]
+    return order
 
 
 def _mix(*numbers: int) -> int:
     """One well-mixed 63-bit seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _collate(samples: list[Sample], pixels: list[torch.Tensor], bad: list[tuple[str, str]]) -> Batch:
-    return Batch(
-        pixels=torch.stack(pixels),
-        captions=[sample.caption for sample in samples],
-        tags=[sample.tags for sample in samples],
-        labels=[sample.label for sample in samples],
-        ids=[sample.id for sample in samples],
-        media=samples[0].media,
-        skipped=bad,
-    )

@@ -1,7 +1,6 @@
 """The training loop, the same for one process and for many."""
 
 import hashlib
-import json
 import math
 import os
 import random
@@ -12,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xray import data, models
-from xray.train import checkpoint, distributed, prepare, schedule, tasks
+from xray import data
+from xray.train import checkpoint, distributed, export, prepare, schedule, tasks
+from xray.train.checkpointer import Checkpointer
 from xray.train.distributed import World
 from xray.train.errors import Stopped, TrainError
 from xray.train.metrics import Metrics
 from xray.train.overrides import validate
 from xray.train.recipes import Recipe
-
-PLACES = ("out", "init", "resume", "overwrite")  # settings that mean nothing away from this machine
 
 
 def run(recipe: Recipe) -> Path:
@@ -47,11 +45,10 @@ class _Run:
         self.place = place
         self.out = Path(recipe.out or f"runs/{recipe.name}")
         self.recipe = recipe = prepare.after_restart(self.out, replace(recipe, out=str(self.out)), place)
-        resumed = checkpoint.find(self.out, recipe.resume) if recipe.resume else None
+        resumed = checkpoint.find(self.out, recipe.resume, say=place.is_first) if recipe.resume else None
         state = checkpoint.read_state(resumed) if resumed is not None else None
-        if state is not None and state.recipe.get("task") != recipe.task:
-            was = state.recipe.get("task")
-            raise TrainError(f"the checkpoint {resumed} is of task {was} and {recipe.name} of task {recipe.task}")
+        if resumed is not None and state is not None:
+            checkpoint.check_recipe(resumed, state, recipe)
         init = prepare.model_file(recipe.init) if recipe.init and state is None else None
         self.start = 0 if state is None else state.step
         place.first_does(lambda: prepare.open_folder(self.out, recipe, self.start, resumed))
@@ -96,12 +93,16 @@ class _Run:
         with (
             Metrics(self.out, recipe, self.start) if place.is_first else nullcontext() as metrics,
             _stop_request(say=place.is_first) as request,
+            Checkpointer(self.out, recipe, self.artifacts, place) as checkpointer,
         ):
-            self._steps(batches, metrics, request)
-        self._save_model()
+            self._steps(batches, metrics, request, checkpointer)
+            checkpointer.wait()
+        export.final_model(self.task, recipe, self.artifacts, place, self.out / "model.safetensors")
         return self.out
 
-    def _steps(self, batches: Iterator[data.Batch], metrics: Metrics | None, request: list[int]) -> None:
+    def _steps(
+        self, batches: Iterator[data.Batch], metrics: Metrics | None, request: list[int], checkpointer: Checkpointer
+    ) -> None:
         recipe = self.recipe
         began = time.perf_counter() - (metrics.seconds if metrics else 0.0)
         bad_in_a_row = 0
@@ -128,8 +129,10 @@ class _Run:
             stop = stop and done < recipe.steps
             periodic = recipe.checkpoint_every and (done % recipe.checkpoint_every == 0 or done == recipe.steps)
             if periodic or stop:
-                checkpoint.save(self.out, done, self.task, self.optimizer, recipe, self.artifacts, self.place)
+                checkpointer.save(done, self.task, self.optimizer, loader_state={}, counts={})
+            checkpointer.check()
             if stop:
+                checkpointer.wait()
                 raise Stopped(
                     f"stopped after step {done} of {recipe.steps}, the state is saved; go on with: "
                     f"{self._resume_command()}",
@@ -168,17 +171,6 @@ class _Run:
         }
         values |= {"skipped": skipped, **dict(zip(extra, extra_values, strict=True))}
         return values, stop_value > 0
-
-    def _save_model(self) -> None:
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self.task.state_dict().items():
-            full = distributed.whole(tensor)
-            if self.place.is_first:
-                weights[name.removeprefix("model.")] = full.cpu()
-        settings = {key: value for key, value in asdict(self.recipe).items() if key not in PLACES}
-        strings = {"recipe": json.dumps(settings), **self.artifacts}
-        path = self.out / "model.safetensors"
-        self.place.first_does(lambda: models.save(self.task.model, path, state_dict=weights, **strings))
 
     def _describe(self) -> str:
         recipe, place = self.recipe, self.place

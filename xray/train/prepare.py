@@ -36,7 +36,8 @@ def open_folder(out: Path, recipe: Recipe, start: int, resumed: Path | None) -> 
     own = resumed is not None and resumed.parent.resolve() == (out / "checkpoints").resolve()
     if own:
         doomed = [path for path in doomed if checkpoint.step_of(path) > start]
-        if doomed and not recipe.overwrite:
+        # Later ones than the newest whole one are damaged.
+        if doomed and not recipe.overwrite and recipe.resume not in ("latest", "auto"):
             raise TrainError(
                 f"resume goes back to step {start} and {out} holds later checkpoints up to "
                 f"{doomed[-1].name}: add overwrite=true to delete them"
