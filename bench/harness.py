@@ -15,8 +15,9 @@ import itertools
 import shutil
 import time
 import timeit
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from xray_kernels.testing import Inputs, OpSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ("forward", "forward+backward")
+STEP = "training step"
 SECONDS = 1.0 if DEVICE.type == "cuda" else 4.0
 """What one comparison may take; it gets as many rounds as fit, within ROUNDS."""
 ROUNDS = (7, 40)
@@ -59,6 +61,8 @@ class Peer:
     """A way to compute an op, called with the keyword arguments of its spec's public function.
 
     `composition` is what it is checked against when that is not the spec's: a peer may do another thing at less cost.
+    `timed` is what is timed, called alike, when that is not `function`: a whole training step, whose gradients are what
+    can be checked.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Peer:
     ours: bool = False
     default: bool = False
     composition: Callable[..., Any] | None = None
+    timed: Callable[..., Any] | None = None
 
     def absent(self, full: bool) -> str:
         """Why this peer can not run here, or "" when it can."""
@@ -117,7 +122,20 @@ def ours(spec: OpSpec) -> tuple[Peer, ...]:
 
 def default_on_cuda(spec: OpSpec, dtype: torch.dtype) -> str:
     """The name of the peer that runs on CUDA when nothing is chosen, which can differ between dtypes."""
-    return f"xray {max(_library.implementation(op, 'cuda', dtype) for op in ops_of(spec))}"
+    return f"xray {max((_library.implementation(op, 'cuda', dtype) for op in ops_of(spec)), default='')}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is compared, as the fields of `Comparison` say it."""
+
+    function: str
+    case: str
+    dtype: torch.dtype
+    direction: str
+    bytes: int
+    flops: int
+    samples: int = 0
 
 
 class Bench:
@@ -137,13 +155,15 @@ class Bench:
         direction: str,
         targets: Sequence[Target] = (),
         checked: Inputs | None = None,
+        samples: int = 0,
     ) -> None:
         """Compare `peers` (the first is the baseline) with each other and record the result.
 
         Parity comes before timing, by the tolerance rule of `xray_kernels.testing`: the error against the float64
         composition is at most twice that of the plain composition in the inputs' dtype, plus 1e-5. A peer outside it is
         not timed. If it is the baseline or one of ours, that fails the benchmark once the result is recorded. Parity is
-        checked on `checked` where the oracle could not take all of `inputs`.
+        checked on `checked` where the oracle could not take all of `inputs`. `samples` is how many of a data set a call
+        takes, if it does.
         """
         checked = inputs if checked is None else checked
         backward = direction == DIRECTIONS[1]
@@ -159,43 +179,74 @@ class Bench:
                     verdicts[p.name] = self._parity(p, checked, backward, yardstick, oracle)
         del oracle, yardstick
 
-        green = [p for p in present if verdicts[p.name] == GREEN]
         traffic, flops = (pair[0] + backward * pair[1] for pair in (spec.traffic(inputs), spec.flops(inputs)))
-        turns = [(p.context, call(p.function, inputs, backward)) for p in green]
         dtype = next(v.dtype for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
-        if self.full:
-            turns += [(contextlib.nullcontext, copy_of(traffic)), (contextlib.nullcontext, matmul_for(dtype))]
-            before = results.processor_seconds()
-            *samples, copy_samples, matmul_samples = self._time(turns)
-            taken = {p.name: numbers for p, numbers in zip(green, samples, strict=True)}
-            default = default_on_cuda(spec, dtype) if DEVICE.type == "cuda" else ""
-            timings = [
-                Timing(p.name, verdicts[p.name], taken.get(p.name, []), p.ours, p.default or p.name == default)
-                for p in present
-            ]
-            self._comparisons.append(
-                Comparison(
-                    function=spec.name,
-                    case=case,
-                    dtype=str(dtype).removeprefix("torch."),
-                    direction=direction,
-                    bytes=traffic,
-                    flops=flops,
-                    copy_samples=copy_samples,
-                    matmul_samples=matmul_samples,
-                    matmul_flops=2 * MATMUL_SIZE**3,
-                    others=results.cores_of_others(before, results.processor_seconds()),
-                    peers=timings,
-                    skipped=skipped,
-                    targets=list(targets),
-                )
-            )
-        else:
-            self._benchmark.disabled = True
-            self._benchmark.pedantic(run_turns, args=(turns,))
+        turns = {p.name: call(p.timed or p.function, inputs, backward) for p in present if verdicts[p.name] == GREEN}
+        if DEVICE.type == "cuda" and direction in DIRECTIONS:
+            default = default_on_cuda(spec, dtype)
+            present = [replace(p, default=p.default or p.name == default) for p in present]
+        about = Work(spec.name, case, dtype, direction, traffic, flops, samples)
+        self.measure(about, present, verdicts, turns, skipped, targets)
         answerable = [p.name for p in present if p.ours or p is peers[0]]
         red = [f"{name}: {verdicts[name]}" for name in answerable if verdicts[name] != GREEN]
         assert not red, "; ".join(red)
+
+    def measure(
+        self,
+        work: Work,
+        peers: Sequence[Peer],
+        verdicts: dict[str, str],
+        functions: dict[str, Callable[[], None]],
+        skipped: dict[str, str],
+        targets: Sequence[Target],
+        memory: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """Time the `functions` of peers by their names, beside a copy and a matrix product, and record the result."""
+        green = [p for p in peers if p.name in functions]
+        turns: list[tuple[Any, Callable[[], None]]] = [(p.context, functions[p.name]) for p in green]
+        if self.full:
+            turns += [(contextlib.nullcontext, copy_of(work.bytes)), (contextlib.nullcontext, matmul_for(work.dtype))]
+            before = results.processor_seconds()
+            *samples, copy_samples, matmul_samples = self._time(turns)
+            taken = {p.name: numbers for p, numbers in zip(green, samples, strict=True)}
+            timings = [
+                Timing(p.name, verdicts[p.name], taken.get(p.name, []), p.ours, p.default, memory.get(p.name, 0))
+                for p in peers
+            ]
+            self.record(work, timings, copy_samples, matmul_samples, before, skipped, targets)
+        else:
+            self._benchmark.disabled = True
+            self._benchmark.pedantic(run_turns, args=(turns,))
+
+    def record(
+        self,
+        work: Work,
+        timings: list[Timing],
+        copy_samples: list[float],
+        matmul_samples: list[float],
+        before: tuple[float, float, float] | None,
+        skipped: dict[str, str],
+        targets: Sequence[Target],
+    ) -> None:
+        """Keep a comparison for the result file; `before` is `results.processor_seconds()` of its start."""
+        self._comparisons.append(
+            Comparison(
+                function=work.function,
+                case=work.case,
+                dtype=str(work.dtype).removeprefix("torch."),
+                direction=work.direction,
+                bytes=work.bytes,
+                flops=work.flops,
+                copy_samples=copy_samples,
+                matmul_samples=matmul_samples,
+                matmul_flops=2 * MATMUL_SIZE**3,
+                others=results.cores_of_others(before, results.processor_seconds()),
+                peers=timings,
+                skipped=skipped,
+                targets=list(targets),
+                samples=work.samples,
+            )
+        )
 
     @staticmethod
     def _parity(
@@ -248,6 +299,8 @@ def outcome(function: Callable[..., Any], inputs: Inputs, backward: bool) -> dic
         return testing.results(function, inputs)
     with torch.no_grad():
         result = function(**inputs)
+    if isinstance(result, dict):
+        return result
     return {f"out{i}": out for i, out in enumerate(result if isinstance(result, tuple) else (result,))}
 
 

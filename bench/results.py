@@ -27,7 +27,8 @@ GREEN = "green"
 class Timing:
     """One peer in one comparison: its parity verdict, and its samples in seconds (none unless parity is green).
 
-    `ours` marks the implementations of this project, `default` the one that runs when nothing is chosen.
+    `ours` marks the implementations of this project, `default` the one that runs when nothing is chosen. `memory` is
+    the most bytes that it held on a GPU, weights included, where that was looked at.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Timing:
     samples: list[float]
     ours: bool = False
     default: bool = False
+    memory: int = 0
 
 
 COPY = "copy"
@@ -45,10 +47,12 @@ MATMUL = "matmul"
 
 @dataclass(frozen=True)
 class Target:
-    """What our default implementation is meant to reach: `at_least` times a peer's speed, or of COPY or MATMUL."""
+    """What our default implementation, or the peer `of`, is meant to reach: `at_least` times the speed of another peer,
+    or of COPY or MATMUL."""
 
     against: str
     at_least: float
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Comparison:
         peers: one timing a peer.
         skipped: peers that are not here, with the reason.
         targets: what our default implementation is meant to reach here.
+        samples: images or pairs that one call takes, where that says something; else 0.
     """
 
     function: str
@@ -84,6 +89,7 @@ class Comparison:
     peers: list[Timing]
     skipped: dict[str, str]
     targets: list[Target] = field(default_factory=list)
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,17 +134,18 @@ def row(comparison: Comparison, timing: Timing) -> Row | None:
 
 
 def reached(comparison: Comparison, target: Target) -> float | None:
-    """How many times the speed of the target's peer, or limit, our default has; None where one was not timed."""
-    default = next((peer for peer in comparison.peers if peer.default and peer.samples), None)
+    """How many times the speed of the target's peer, or limit, was reached; None where one was not timed."""
+    wanted = (peer for peer in comparison.peers if (peer.name == target.of if target.of else peer.default))
+    meant = next((peer for peer in wanted if peer.samples), None)
     samples = comparison.copy_samples
     if target.against == MATMUL:  # what that product would take for as many operations
         share = comparison.flops / comparison.matmul_flops
         samples = [share * seconds for seconds in comparison.matmul_samples]
     elif target.against != COPY:
         samples = next((peer.samples for peer in comparison.peers if peer.name == target.against), [])
-    if default is None or not samples:
+    if meant is None or not samples:
         return None
-    return statistics.median(samples) / statistics.median(default.samples)
+    return statistics.median(samples) / statistics.median(meant.samples)
 
 
 def device_name(device: torch.device) -> str:

@@ -42,7 +42,9 @@ def terminal(comparisons: list[Comparison]) -> str:
             spread = f"{r.low * 1e3:.2f} - {r.high * 1e3:.2f}"
             ratio = "" if r.ratio is None else f"{r.ratio:.2f}x"
             numbers = f"{r.median * 1e3:7.2f} ms  {spread:>17}  {ratio:>7}  {r.gb_per_s:6.2f}  {r.roofline:8.0%}"
-            lines.append(f"{name:{width}}  {numbers}")
+            rate = f"  {c.samples / r.median:.1f} samples/s" if c.samples else ""
+            memory = f", {timing.memory / 2**30:.1f} GiB" if timing.memory else ""
+            lines.append(f"{name:{width}}  {numbers}{rate}{memory}")
         lines += [f"{name:{width}}  skipped: {why}" for name, why in c.skipped.items()]
         lines += [f"{'target':{width}}  {verdict(c, target)}" for target in c.targets]
     lines += [
@@ -57,6 +59,7 @@ def verdict(c: Comparison, target: Target) -> str:
     found = reached(c, target)
     is_share = target.against in (COPY, MATMUL)
     wanted = f"{target.at_least:.0%} of {target.against}" if is_share else f"{target.at_least:g}x {target.against}"
+    wanted += f" by {target.of}" if target.of else ""
     if found is None:
         return f"{wanted}: not measured"
     shown = f"{found:.0%}" if is_share else f"{found:.2f}x"

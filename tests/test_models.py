@@ -180,7 +180,32 @@ def test_keep_rate_one_is_the_dense_encoder(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ops, "reorganize_tokens", None)
     output = encoder.encode(images, keep_rate=1.0)
     assert output.kept == []
-    assert torch.equal(output.pooled, dense(images))
+    assert torch.equal(output.pooled, dense.encode(images).pooled)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"keep_rate": 0.5}, {"keep_rate": 0.5, "num_registers": 2, "depth": 2}, {"depth": 1, "keep_rate": 0.5}],
+    ids=["dense", "evit", "evit in the last block", "one block"],
+)
+def test_class_token_alone_is_that_of_all_tokens(changes: dict[str, Any]) -> None:
+    """`forward` gives `encode`'s pooled and its gradients, though its last block computes nothing else."""
+    encoder = vision(**changes)
+    images = torch.randn(3, 3, 32, 32)
+    pooled = [encoder(images), encoder.encode(images).pooled]
+    torch.testing.assert_close(*pooled, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(out.square().sum(), list(encoder.parameters())) for out in pooled]
+    for name, few, many in zip(dict(encoder.named_parameters()), *gradients, strict=True):
+        torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-5 * float(many.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("module", ["attn.proj", "mlp.fc1", "norm2"])
+def test_last_block_does_the_class_token_only(module: str) -> None:
+    encoder, rows = vision(), []
+    for block in encoder.blocks:
+        block.get_submodule(module).register_forward_hook(lambda module, given, out: rows.append(given[0].shape[:2]))
+    encoder(torch.randn(2, 3, 32, 32))
+    assert rows == [(2, 17)] * 3 + [(2, 1)]
 
 
 def test_encoder_takes_an_empty_batch() -> None:
@@ -399,6 +424,20 @@ def test_text_reads_every_token_in_order() -> None:
     for length in range(1, 7):
         prefix = model(ids, torch.tensor([length]))
         torch.testing.assert_close(prefix[0], model.norm(tokens[0, length - 1]), rtol=1e-5, atol=1e-5)
+
+
+def test_text_gradients_are_those_of_whole_blocks() -> None:
+    """The last block computes each caption's last token alone."""
+    torch.manual_seed(0)
+    model = models.TextTransformer(TEXT)
+    ids, lengths = torch.randint(0, 50, (3, 12)), torch.tensor([5, 12, 1])
+    tokens = model.token_embedding(ids) + model.position_embedding
+    for block in model.blocks:
+        tokens, _ = block(tokens, is_causal=True, key_lengths=lengths)
+    features = [model(ids, lengths), model.norm(tokens[range(3), lengths - 1])]
+    gradients = [torch.autograd.grad(out[:, ::2].square().sum(), list(model.parameters())) for out in features]
+    for name, few, many in zip(dict(model.named_parameters()), *gradients, strict=True):
+        torch.testing.assert_close(few, many, rtol=1e-4, atol=1e-5 * float(many.abs().max()), msg=name)
 
 
 def test_clip_features_have_norm_one() -> None:

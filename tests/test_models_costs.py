@@ -92,6 +92,11 @@ def test_encoder_operations_equal_a_count(counted: Any, frames: int, size: int |
             cost = models.model_cost(config, keep_rate=rate, num_frames=frames, image_size=size)
             assert cost.flops == counted(lambda model=model, rate=rate: model(pixels, rate))
         assert models.model_cost(config, num_frames=frames, image_size=size).flops == counted(lambda m=model: m(pixels))
+    encoder = build(configs(TINY)["vision"])
+    assert isinstance(encoder, models.VisionTransformer)
+    for rate in (0.7, 1.0):
+        cost = models.encoder_cost(encoder.config, keep_rate=rate, num_frames=frames, image_size=size)
+        assert cost.flops == counted(lambda rate=rate: encoder.encode(pixels, rate))
 
 
 @pytest.mark.parametrize("size", [None, 48])

@@ -27,7 +27,8 @@ class Cost(NamedTuple):
             attention counts in full, as is usual too; losses are not counted.
         block_tokens: tokens, prefix included, entering the attention of each block of the image encoder (of a
             text encoder alone: of its blocks).
-        kept_tokens: non-prefix tokens kept by each EViT layer that drops any, its fused token not counted.
+        kept_tokens: non-prefix tokens kept by each EViT layer that drops any, its fused token not counted. Where only
+            the class token is read, the last block drops none.
         parts: ``parameters`` by part: "vision", and where there are such "text", "projections", "logit_scale",
             "decoder", "head".
     """
@@ -54,6 +55,8 @@ def model_cost(
 ) -> Cost:
     """Parameters, forward FLOPs and token counts of a model for one sample: an image or clip, a caption, or both.
 
+    It counts what ``forward`` does, whose encoders read one token (`encoder_cost` with ``pooled``).
+
     Args:
         config: of any model here.
         keep_rate, num_frames, image_size: as ``encoder_cost``; masked autoencoding takes whole images only.
@@ -78,7 +81,7 @@ def model_cost(
     vision = getattr(config, "vision", config)
     if not isinstance(vision, VisionConfig):
         raise TypeError(f"config must be a model's configuration, got {type(config).__name__}")
-    cost = encoder_cost(vision, keep_rate=keep_rate, num_frames=num_frames, image_size=image_size)
+    cost = encoder_cost(vision, keep_rate=keep_rate, num_frames=num_frames, image_size=image_size, pooled=True)
     if isinstance(config, TagConfig):
         head = (vision.width + 1) * config.num_tags
         return _with_parts(cost, {"head": head}, 2 * vision.width * config.num_tags)
@@ -91,7 +94,12 @@ def model_cost(
 
 
 def encoder_cost(
-    config: VisionConfig, *, keep_rate: float | None = None, num_frames: int = 1, image_size: int | None = None
+    config: VisionConfig,
+    *,
+    keep_rate: float | None = None,
+    num_frames: int = 1,
+    image_size: int | None = None,
+    pooled: bool = False,
 ) -> Cost:
     """Parameters, forward FLOPs and token counts of an encoder for one image or one clip.
 
@@ -100,6 +108,7 @@ def encoder_cost(
         keep_rate: share kept by each EViT layer; None takes ``config.keep_rate``.
         num_frames: frames of the sample, 1 for an image.
         image_size: side of the frames in pixels; None takes ``config.image_size``.
+        pooled: count ``forward``, whose last block computes the class token alone, instead of ``encode``.
 
     Raises:
         ValueError: ``keep_rate`` outside (0, 1], ``num_frames`` outside 1 to ``config.num_frames``, or an
@@ -110,7 +119,7 @@ def encoder_cost(
     if not 1 <= num_frames <= config.num_frames:
         raise ValueError(f"num_frames must lie in 1 to {config.num_frames}, got {num_frames}")
     patches = num_frames * _patches(config, image_size)
-    flops, block_tokens, kept_tokens = _encoder_blocks(config, patches, rate)
+    flops, block_tokens, kept_tokens = _encoder_blocks(config, patches, rate, pooled)
     parameters = _encoder_parameters(config)
     return Cost(parameters, flops + _embed_flops(config, patches), block_tokens, kept_tokens, {"vision": parameters})
 
@@ -139,6 +148,11 @@ def _mlp_flops(tokens: int, width: int, hidden: int) -> int:
     return 2 * tokens * 2 * width * hidden
 
 
+def _last_block_flops(tokens: int, width: int, hidden: int) -> int:
+    """Keys and values of all tokens, all else of the one that is read."""
+    return 2 * (2 * tokens + 2) * width * width + 4 * tokens * width + _mlp_flops(1, width, hidden)
+
+
 def _encoder_parameters(config: VisionConfig) -> int:
     width = config.width
     return (
@@ -153,12 +167,17 @@ def _embed_flops(config: VisionConfig, patches: int) -> int:
     return 2 * patches * CHANNELS * config.patch_size**2 * config.width
 
 
-def _encoder_blocks(config: VisionConfig, candidates: int, keep_rate: float) -> tuple[int, list[int], list[int]]:
+def _encoder_blocks(
+    config: VisionConfig, candidates: int, keep_rate: float, pooled: bool = False
+) -> tuple[int, list[int], list[int]]:
     """FLOPs, tokens entering each block and tokens kept, of the blocks over so many non-prefix tokens."""
     prefix, flops = config.num_prefix_tokens, 0
     block_tokens, kept_tokens = [], []
     for block in range(config.depth):
         block_tokens.append(prefix + candidates)
+        if pooled and block == config.depth - 1:
+            flops += _last_block_flops(prefix + candidates, config.width, config.mlp_width)
+            break
         flops += _attention_flops(prefix + candidates, config.width)
         if block in config.evit_blocks and num_kept(keep_rate, candidates) < candidates:
             kept_tokens.append(num_kept(keep_rate, candidates))
@@ -177,7 +196,8 @@ def _text_cost(config: TextConfig, text_tokens: int | None) -> Cost:
         + config.depth * _block_parameters(width, hidden)
         + 2 * width
     )
-    flops = config.depth * (_attention_flops(tokens, width) + _mlp_flops(tokens, width, hidden))
+    flops = (config.depth - 1) * (_attention_flops(tokens, width) + _mlp_flops(tokens, width, hidden))
+    flops += _last_block_flops(tokens, width, hidden)
     return Cost(parameters, flops, [tokens] * config.depth, [], {"text": parameters})
 
 

@@ -51,6 +51,15 @@ class Attention(nn.Module):
         heads, scores = ops.attention_with_scores(query, key, value, num_prefix_tokens=num_prefix_tokens)
         return self._merge(heads), scores
 
+    def forward_queries(self, queries: Tensor, tokens: Tensor, key_lengths: Tensor | None = None) -> Tensor:
+        """(B, Q, C), which attend to (B, N, C) -> (B, Q, C); ``key_lengths`` as in ``forward``."""
+        batch, count, width = tokens.shape
+        head_dim = width // self.heads
+        (query_weight, weight), (query_bias, bias) = (x.split([width, 2 * width]) for x in self.qkv.parameters())
+        query = F.linear(queries, query_weight, query_bias).unflatten(2, (self.heads, head_dim)).transpose(1, 2)
+        key, value = F.linear(tokens, weight, bias).view(batch, count, 2, self.heads, head_dim).unbind(2)
+        return self._merge(ops.attention(query, key.transpose(1, 2), value.transpose(1, 2), key_lengths=key_lengths))
+
 
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them."""
@@ -83,6 +92,7 @@ class Block(nn.Module):
         num_prefix_tokens: int = 1,
         is_causal: bool = False,
         key_lengths: Tensor | None = None,
+        queries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block.
 
@@ -93,11 +103,16 @@ class Block(nn.Module):
             num_prefix_tokens: leading tokens that are never dropped.
             is_causal: let a token attend only to itself and those before it; not with ``num_keep``.
             key_lengths: (B,) valid tokens of each row; not with ``num_keep``.
+            queries: (B, Q, C), those of the tokens whose output alone is wanted, which see all of them; not with
+                ``num_keep`` or ``is_causal``. Where only Q of N are read, the rest of a last block is work for nothing.
 
         Returns:
-            The tokens, (B, N, C) or (B, P + num_keep + 1, C), and the kept indices (B, num_keep) int64 into
+            The tokens, (B, N, C), (B, P + num_keep + 1, C) or (B, Q, C), and the kept indices (B, num_keep) int64 into
             the non-prefix tokens, or None.
         """
+        if queries is not None:
+            queries = queries + self.attn.forward_queries(self.norm1(queries), self.norm1(tokens), key_lengths)
+            return queries + self.mlp(self.norm2(queries)), None
         if num_keep is None:
             tokens = tokens + self.attn(self.norm1(tokens), is_causal=is_causal, key_lengths=key_lengths)
             return tokens + self.mlp(self.norm2(tokens)), None

@@ -54,10 +54,13 @@ class TextTransformer(nn.Module):
         """
         self._check(token_ids, lengths)
         tokens = self.token_embedding(token_ids) + self.position_embedding[:, : token_ids.shape[1]]
-        for block in self.blocks:
+        *blocks, last_block = self.blocks
+        for block in blocks:
             tokens, _ = block(tokens, is_causal=True, key_lengths=lengths)
         rows = torch.arange(tokens.shape[0], device=tokens.device)
-        return self.norm(tokens[rows, lengths.long() - 1])
+        last_tokens = tokens[rows, lengths.long() - 1].unsqueeze(1)
+        last_tokens, _ = last_block(tokens, queries=last_tokens, key_lengths=lengths)
+        return self.norm(last_tokens.squeeze(1))
 
     def _check(self, token_ids: Tensor, lengths: Tensor) -> None:
         for name, tensor in (("token_ids", token_ids), ("lengths", lengths)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -92,8 +93,13 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.time_embed)
 
     def forward(self, pixels: Tensor, keep_rate: float | None = None) -> Tensor:
-        """Encode to one vector a sample: the normalised class token, (B, width). Arguments as ``encode``."""
-        return self.encode(pixels, keep_rate).pooled
+        """Encode to one vector a sample: the normalised class token, (B, width). Arguments as ``encode``.
+
+        It is what ``encode`` gives as ``pooled``, for less: the last block computes the class token alone.
+        """
+        tokens, _ = self._blocks(self.embed(pixels), self._rate(keep_rate), len(self.blocks) - 1)
+        class_token, _ = self.blocks[-1](tokens, queries=tokens[:, :1])
+        return self.norm(class_token.squeeze(1))
 
     def encode(self, pixels: Tensor, keep_rate: float | None = None) -> EncoderOutput:
         """Encode images or clips, keeping all that the encoder knows.
@@ -108,9 +114,7 @@ class VisionTransformer(nn.Module):
             ValueError: wrong shape, too many frames, or a keep rate out of range.
             TypeError: pixels that are not a floating-point tensor.
         """
-        rate = self.config.keep_rate if keep_rate is None else keep_rate
-        check_keep_rate(rate)
-        return self.transform(self.embed(pixels), rate)
+        return self.transform(self.embed(pixels), self._rate(keep_rate))
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Pixels, as for ``encode``, to patch tokens with positions, (B, T * (H / patch_size)**2, width)."""
@@ -125,13 +129,24 @@ class VisionTransformer(nn.Module):
 
     def transform(self, patches: Tensor, keep_rate: float) -> EncoderOutput:
         """Prefix tokens, blocks and final norm over patch tokens (B, N, width), ``embed``'s or some."""
+        tokens, kept = self._blocks(patches, keep_rate, len(self.blocks))
+        tokens = self.norm(tokens)
+        return EncoderOutput(tokens, tokens[:, 0], kept)
+
+    def _rate(self, keep_rate: float | None) -> float:
+        rate = self.config.keep_rate if keep_rate is None else keep_rate
+        check_keep_rate(rate)
+        return rate
+
+    def _blocks(self, patches: Tensor, keep_rate: float, count: int) -> tuple[Tensor, list[Tensor]]:
+        """Prefix tokens and the first `count` blocks: all tokens that are left, and the kept indices."""
         prefix: Tensor = self.cls_token
         if self.reg_token is not None:
             prefix = torch.cat([prefix, self.reg_token], dim=1)
         num_prefix_tokens = self.config.num_prefix_tokens
         tokens = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
         kept = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(islice(self.blocks, count)):
             candidates = tokens.shape[1] - num_prefix_tokens
             num_keep = None
             if index in self.config.evit_blocks and num_kept(keep_rate, candidates) < candidates:
@@ -139,8 +154,7 @@ class VisionTransformer(nn.Module):
             tokens, indices = block(tokens, num_keep=num_keep, num_prefix_tokens=num_prefix_tokens)
             if indices is not None:
                 kept.append(indices)
-        tokens = self.norm(tokens)
-        return EncoderOutput(tokens, tokens[:, 0], kept)
+        return tokens, kept
 
     def check_pixels(self, pixels: Tensor) -> None:
         """Raise TypeError or ValueError, in one sentence, unless ``encode`` can take these pixels."""
