@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
