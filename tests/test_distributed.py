@@ -42,7 +42,7 @@ from xray import data, train
 from xray.train import distributed, prepare, tasks
 from xray.train.recipes import RECIPES
 
-PATIENCE = 400
+PATIENCE = 600
 """Seconds for all that the processes of one world size do, a minute or so on two cores; what still runs has hung."""
 WAYS = ("2 ranks", "4 ranks", "2 by 2 ranks")
 
