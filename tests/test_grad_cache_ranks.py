@@ -119,7 +119,7 @@ def test_fsdp_equals_one_process_and_reduces_once(ranks: list[dict[str, Any]], n
         for key, value in expected.items():  # gradients are reduced in float32
             torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=1e-7, msg=key)
         # Each sharded module once, and once the ranks of texts.
-        assert calls["_reduce_scatter_base_"] == len(task.blocks()) + 2
+        assert calls["_reduce_scatter_base_"] == len(distributed.units(task)) + 2
         assert calls["allreduce_"] == found["fsdp calls whole"]["allreduce_"]
         torch.testing.assert_close(found[f"numbers {name}"], found["numbers whole"])
     mean = torch.stack([found[f"numbers {name}"] for found in ranks]).mean(0)
