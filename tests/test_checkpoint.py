@@ -113,7 +113,8 @@ def kind_of(value: Any) -> Any:
     return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else type(value)
 
 
-def test_loader_counts_and_random_states_come_back(tmp_path: Path) -> None:
+@BOTH
+def test_loader_counts_and_random_states_come_back(asynchronous: bool, tmp_path: Path) -> None:
     readers = {0: b"", 3: bytes(range(256)) * 5, 11: b"\x00"}
     task, optimizer = trained()
 
@@ -122,7 +123,8 @@ def test_loader_counts_and_random_states_come_back(tmp_path: Path) -> None:
         return [*numbers, float(torch.rand(()))]
 
     draw()  # an odd number of normal deviates leaves one behind
-    with writer(tmp_path) as saver:
+    with writer(tmp_path, asynchronous) as saver:
+        saver.save(6, task, optimizer, {0: b"of another length", 3: bytes(1280), 5: b"gone later"}, {})
         saver.save(7, task, optimizer, readers, {"skipped": 2, "bad_samples": 10**12})
     expected = draw()
     draw()
@@ -222,6 +224,27 @@ def test_nothing_is_deleted_before_the_new_one_is_published(tmp_path: Path, monk
         monkeypatch.setattr(checkpointer.shutil, "rmtree", look_and_delete)
         save_steps(saver, 2, 2)  # the same step again
     assert seen == [[".step-1.old", ".step-1.old", "step-2"], [".step-2.old", ".step-2.old", "step-2"]]
+
+
+def test_all_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    rename, fsync = Path.rename, os.fsync
+
+    def look_and_flush(handle: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def look_and_rename(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(path, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("there is no /proc to tell which file is flushed")
+    monkeypatch.setattr(os, "fsync", look_and_flush)
+    monkeypatch.setattr(Path, "rename", look_and_rename)
+    with writer(tmp_path) as saver:
+        save_steps(saver, 1)
+    assert done == ["shard-00001.safetensors", "state.json", ".step-1.tmp", "rename", "checkpoints"]
 
 
 def test_one_save_at_a_time(tmp_path: Path, held: threading.Event) -> None:

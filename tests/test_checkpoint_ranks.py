@@ -4,6 +4,7 @@ The processes start once; some of them first make a group of two.
 """
 
 import errno
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from test_checkpoint import ALONE, recipe
 from torch import Tensor, multiprocessing, nn
@@ -79,14 +81,23 @@ def compute(rank: int, folder_name: str) -> None:
 
 
 def save_while_training(out: Path, mesh_shape: tuple[int, ...], name: str, place: World) -> dict[str, Any]:
-    """What is saved at step 3, training going on at once; a reader a process, and one that all have."""
+    """What is saved at step 3; the first process writes when training has gone on, over its own group all the time."""
     task, optimizer = sharded(mesh_shape, name)
     train(task, optimizer, range(3))
     expected = contents(task, optimizer)
     with Checkpointer(out, recipe(), {}, place, asynchronous=True) as saver:
+        trained, save = threading.Event(), dcp.save
+
+        def wait_and_save(*arguments: Any, **keywords: Any) -> Any:
+            assert place.rank or trained.wait(60)
+            return save(*arguments, **keywords)
+
+        dcp.save = wait_and_save
         saver.save(3, task, optimizer, {place.rank: bytes([place.rank] * 9)}, {"skipped": 4})
         train(task, optimizer, range(3, 5))
+        trained.set()
         saver.wait()
+        dcp.save = save
     return expected
 
 

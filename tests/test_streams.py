@@ -444,24 +444,30 @@ def test_pictures_that_all_are_corrupt_end_the_run(tmp_path: Path, monkeypatch: 
 
 
 def test_a_kind_in_few_shards_is_found_by_every_reader(sets: tuple[Path, Path], tmp_path: Path) -> None:
-    images = write_set(tmp_path, "images", 40)
+    images = write_set(tmp_path, "images", 90)
     clips = write_set(tmp_path, "clips", 6, 1, shard_bytes=10**6)
     (images / "shard-99999.tar").write_bytes((clips / "shard-00000.tar").read_bytes())
     stream = data.Stream(str(images), readers=4, shuffle_buffer=3)
+    assert stream.num_shards > readers.LOOK + 4
     made = run(stream, 9, clip_fraction=1.0)
     assert {id for batch in made for id in batch.ids} == {f"clips-{number:03d}" for number in range(6)}
     assert_same(made[5:], run(stream, 4, **going_on(made, 5), clip_fraction=1.0))
 
 
 def test_a_source_without_the_kind_weighs_nothing(sets: tuple[Path, Path], tmp_path: Path) -> None:
-    images = write_set(tmp_path, "images", 20)
+    images = write_set(tmp_path, "images", 60)
     both = data.Stream([str(images), str(sets[1])], readers=2, shuffle_buffer=3, weights=(50, 1))
     made = run(both, 8, clip_fraction=0.5)
     assert all(id.startswith("small") for batch in made if batch.media == "clip" for id in batch.ids)
     assert any(id.startswith("images") for batch in made for id in batch.ids)
     assert_same(made[5:], run(both, 3, **going_on(made, 5), clip_fraction=0.5))
+    count = len(both.shards[0])
+    assert data.skipped() == {str(images): f"no clip is in 8 of its {count} shards, so none is looked for"}
     with pytest.raises(data.DataError, match=r"reader 0 finds no clip in .*images; .*clip_fraction"):
         run(data.Stream(str(images), readers=2), 8, clip_fraction=0.5)
+    one_lacks = data.Stream([str(images), str(sets[1])], readers=2, weights=(1, 0))
+    with pytest.raises(data.DataError, match="reader 0 finds no clip"):
+        run(one_lacks, 1, clip_fraction=1.0)
 
 
 def test_a_worker_that_dies_is_named_and_none_is_left(sets: tuple[Path, Path]) -> None:
@@ -534,8 +540,8 @@ def test_bad_arguments_and_states_of_the_loader(sets: tuple[Path, Path]) -> None
         next(data.stream_loader(stream, **{"batch_size": 8, "transform": AUGMENT, **options}))
 
     for options, words in (
-        ({"batch_size": 6}, "readers is 4 for a batch of 6 samples on 1 ranks; it must divide the batch"),
-        ({"world_size": 3, "batch_size": 4}, "readers is 4 for a batch of 12 samples on 3 ranks"),
+        ({"batch_size": 6}, "batch_size is 6 over 1 ranks for 4 readers; the number of readers must divide"),
+        ({"world_size": 3, "batch_size": 4}, "batch_size is 12 over 3 ranks for 4 readers"),
         ({"batch_size": 0}, "batch_size, start_step"),
         ({"rank": 1}, "rank is 1 of world_size 1"),
         ({"clip_fraction": 2}, "clip_fraction is 2"),

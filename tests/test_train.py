@@ -20,7 +20,7 @@ from limits import small_files
 from safetensors.torch import load_file
 
 from xray import data, models, train
-from xray.train import checkpoint, metrics, prepare, tasks
+from xray.train import checkpoint, metrics, tasks
 from xray.train.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -450,12 +450,13 @@ def test_activation_checkpointing_changes_nothing(shapes: Path, tmp_path: Path) 
 def test_rare_tags_are_left_out(shapes: Path, tmp_path: Path) -> None:
     dataset = data.Dataset(shapes, "train")
     recipe = tiny("tags_tiny", tmp_path, shapes, min_tag_count=20)
-    kept = json.loads(tasks.learn(recipe, prepare.captions_and_tags([dataset]))["tags"])
+    texts = [*zip(dataset.column("caption"), dataset.column("tags"), strict=True)]
+    kept = json.loads(tasks.learn(recipe, texts)["tags"])
     counts = [sum(tag in tags for tags in dataset.column("tags")) for tag in kept]
     assert counts == sorted(counts, reverse=True)
     assert min(counts) >= 20
     with pytest.raises(train.TrainError, match=r"no tag of .* min_tag_count = 9999"):
-        tasks.learn(replace(recipe, min_tag_count=9999), prepare.captions_and_tags([dataset]))
+        tasks.learn(replace(recipe, min_tag_count=9999), texts)
 
 
 def test_models_that_do_not_exist(shapes: Path, tmp_path: Path) -> None:

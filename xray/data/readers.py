@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the state
 FAILED = 16  # shards of a source that fail one after the other before the run ends
-BARREN = 64  # shards looked through for a kind, or a reader's own of an epoch, if those are more, before giving up
+LOOK = 8  # shards without the kind after which a source is taken for having none, if other sources have some
+SEARCH = 64  # if none has: so many shards of each, or a reader's part of an epoch if that is more, are searched
 CORRUPT = 1000  # samples in a row that cannot be decoded before the run ends
 GAP = 8 * 2**20  # bytes between two samples of the buffer from which seeking is taken for cheaper than reading
 PLACE = np.dtype([("source", "<u2"), ("shard", "<u4"), ("offset", "<i8")])  # of a sample: 14 bytes
@@ -50,7 +51,8 @@ class Cursor:
         self.seen = self.in_shard = 0  # samples of the kind: in all, in this shard
         self.barren: set[int] = set()  # shards without this kind
         self.failed: list[int] = []  # shards that gave nothing but an error, since one that could be read
-        self.empty = False  # the source has none of this kind
+        self.empty = False  # the source is taken for having none of this kind
+        self.searches = False  # no source of the reader has shown this kind yet
         self._file: ShardFile | None = None
         self._groups: Iterator[Group] = iter(())
         self._order: tuple[int, np.ndarray] | None = None
@@ -88,12 +90,24 @@ class Cursor:
     def state(self) -> dict[str, Any]:
         """Its place, as JSON can hold it."""
         numbers = (self.epoch, self.position, self.offset, self.seen, self.in_shard)
-        return {"at": numbers, "empty": self.empty, "barren": sorted(self.barren), "failed": self.failed}
+        return {
+            "at": numbers,
+            "flags": (self.empty, self.searches),
+            "barren": sorted(self.barren),
+            "failed": self.failed,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a place given by `state`."""
         self.epoch, self.position, self.offset, self.seen, self.in_shard = state["at"]
-        self.empty, self.barren, self.failed = state["empty"], set(state["barren"]), list(state["failed"])
+        self.empty, self.searches = state["flags"]
+        self.barren, self.failed = set(state["barren"]), list(state["failed"])
+
+    def search(self) -> bool:
+        """Take up the source again, to look longer than before; whether that has not been done yet."""
+        again = not self.searches and len(self.barren) < len(self.shards)
+        self.searches, self.empty = True, not again
+        return again
 
     def _wanted(self, group: Group) -> Record | None:
         try:
@@ -125,19 +139,19 @@ class Cursor:
 
     def _check_progress(self, cause: str) -> None:
         """End the search where going on is hopeless: every shard fails, or none holds the kind."""
-        tried, count, part = (
-            len(self.barren.union(self.failed)),
-            len(self.shards),
-            len(self.shards) // self.stream.readers,
-        )
-        enough = count if self.seen else min(count, max(part, BARREN))
-        hopeless = tried >= enough and (self.seen or not self.barren)
+        tried, count = len(self.barren.union(self.failed)), len(self.shards)
+        patience = max(SEARCH, count // self.stream.readers) if self.searches else LOOK
+        enough = count if self.seen else min(count, patience)
+        hopeless = tried == count and (self.seen or not self.barren)
+        source = self.stream.sources[self.source]
         if cause and (hopeless or len(self.failed) >= FAILED):
             raise DataError(
-                f"the source {self.stream.sources[self.source]} cannot be read: {len(self.failed)} shards failed one "
-                f"after the other, the last, {self.bad[-1][0]}, because {cause}"
+                f"the source {source} cannot be read: {len(self.failed)} shards failed one after the other, the last, "
+                f"{self.bad[-1][0]}, because {cause}"
             )
-        self.empty = tried >= enough and not (self.seen and self.failed)
+        self.empty = tried >= enough and bool(self.barren) and not (self.seen and self.failed)
+        if self.empty and tried < count:
+            self.bad.append((source, f"no {self.media} is in {tried} of its {count} shards, so none is looked for"))
 
     def _epoch_order(self) -> np.ndarray:
         """The numbers of the shards that this reader reads in the present epoch, in order."""
@@ -225,6 +239,11 @@ class Shuffle:
                 for cursor, weight in zip(self.cursors, self.stream.weights, strict=True)
             ]
             if not any(weights):
+                # A source that weighs nothing is never searched.
+                wanted = [cursor for cursor in self.cursors if self.stream.weights[cursor.source]]
+                taken_up = [cursor.search() for cursor in wanted]
+                if any(taken_up):
+                    return self._draw_source()
                 raise DataError(
                     f"reader {self.reader} finds no {self.media} in {', '.join(self.stream.sources)}; choose other "
                     f"sources or another clip_fraction, or loosen split, media and min_tags"

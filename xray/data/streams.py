@@ -153,8 +153,8 @@ class Stream:
         )
 
     def texts(self, limit: int) -> Iterator[tuple[str, list[str]]]:
-        """Caption and tags of the first `limit` samples, taken from the sources in turn, shard after shard; nothing
-        is decoded. Shards that cannot be read are counted and passed over.
+        """Caption and tags of the first `limit` samples, taken from the sources in turn, shard after shard. Nothing is
+        decoded, but the shards are read whole. Those that cannot be read are counted and passed over.
         """
         queues = [self._records(shards) for shards in self.shards]
         while queues and limit > 0:
@@ -264,8 +264,8 @@ def stream_loader(
     batch, readers = batch_size * world_size, stream.readers
     if batch % readers or readers % world_size:
         raise DataError(
-            f"readers is {readers} for a batch of {batch} samples on {world_size} ranks; it must divide the batch, and "
-            f"the ranks must divide it"
+            f"batch_size is {batch} over {world_size} ranks for {readers} readers; the number of readers must divide "
+            f"batch_size, and the number of ranks must divide that of readers"
         )
     share = readers // world_size
     numbers = range(rank * share, (rank + 1) * share)

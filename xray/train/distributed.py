@@ -7,6 +7,7 @@ LOCAL_RANK) parameters, gradients and optimizer state are sharded by FSDP2.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -172,12 +173,9 @@ def check_alike(recipe: Recipe, place: World) -> None:
 
 def _code_version() -> str:
     """A short digest of this package's and its kernels' Python files."""
-    import xray
-    import xray_kernels
-
     digest = hashlib.blake2b(digest_size=6)
-    for package in (xray, xray_kernels):
-        folder = Path(package.__path__[0])
+    for package in ("xray", "xray_kernels"):
+        folder = Path(sys.modules[package].__path__[0])
         for file in sorted(folder.rglob("*.py"), key=lambda file: file.relative_to(folder).as_posix()):
             digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

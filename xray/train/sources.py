@@ -60,7 +60,7 @@ def train_transform(recipe: Recipe) -> data.transforms.Transform | data.transfor
 
 
 class Indexed:
-    """Packed datasets with an index: each epoch is a permutation of their samples, and a step's are known by its number."""
+    """Packed datasets with an index: each epoch is a permutation of their samples, cut into batches."""
 
     def __init__(self, recipe: Recipe, out: Path, place: World) -> None:
         self.recipe, self.place = recipe, place
