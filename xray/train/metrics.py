@@ -121,7 +121,7 @@ class Metrics:
 
 
 class _Totals:
-    """What a whole run comes to, its earlier sessions included; of checkpoints and bad samples, this session."""
+    """What a whole run comes to, its earlier sessions included; of checkpoints and bad samples, the last session."""
 
     def __init__(self, recipe: Recipe, lines: Iterator[dict[str, Any]]) -> None:
         self._recipe = recipe
@@ -131,7 +131,6 @@ class _Totals:
         self.saves = self.failures = 0
         for line in lines:
             self.add(line)
-        self._bad_samples = 0
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Count a line of metrics.jsonl."""

@@ -60,12 +60,12 @@ class Profiler:
     def step(self, done: int) -> None:
         """Tell that step `done`, counted from 1, is over."""
         self._done = done
-        if self._profile is not None:
-            self._profile.step()
-            if done >= self._last:
-                self._stop()
-        else:
+        if self._profile is None:
             self._before(done + 1)
+        elif done < self._last:
+            self._profile.step()
+        else:
+            self._stop()
 
     def _before(self, step: int) -> None:
         """Start if step `step`, the next one, is in the window or the last before it."""
@@ -74,10 +74,9 @@ class Profiler:
         from torch.profiler import profile, schedule, supported_activities
 
         warmup = int(step < self._first)
-        active = self._last - step - warmup + 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no step to warm up in
-            steps = schedule(wait=0, warmup=warmup, active=active, repeat=1)
+            steps = schedule(wait=0, warmup=warmup, active=self._last)  # or fewer: `step` ends it
         self._profile = profile(
             activities=supported_activities(),
             schedule=steps,
