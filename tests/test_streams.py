@@ -404,6 +404,8 @@ def test_damaged_and_missing_shards_are_survived_and_named_once(
     assert images & of_shard(sets, 1)
     assert len(images) > 25
     assert_same(made[20:24], run(stream, 4, **going_on(made, 20)))
+    cut = data.Stream(str(root / "shard-00001.tar"), shuffle_buffer=2)
+    assert len({id for batch in run(cut, 4) for id in batch.ids}) > 1
 
 
 def test_a_corrupt_picture_is_replaced_by_the_next_of_the_stream(sets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -433,6 +435,25 @@ def test_nothing_readable_ends_the_run_with_the_cause(sets: tuple[Path, Path], t
         path.unlink()
     with pytest.raises(data.DataError, match="cannot be read"):
         run(stream, 20, **going_on(made, 2))
+
+
+def test_missing_shards_between_others_do_not_end_the_run(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    images = write_set(tmp_path, "images", 150)
+    clips = write_set(tmp_path, "clips", 2, 1)
+    numbers = range(len(list(images.glob("*.tar"))))
+    assert len(numbers) > 22
+    os.replace(clips / "shard-00000.tar", images / "shard-00006.tar")
+    for number in (*numbers[1:6], *numbers[7:19]):  # more than may fail one after the other
+        (images / f"shard-{number:05d}.tar").unlink()
+    source = f"{images}/shard-{{{numbers[0]:05d}..{numbers[-1]:05d}}}.tar"
+    stream = data.Stream(source, shuffle_buffer=2)
+    run(stream, 2 * len(numbers))
+    assert len(data.skipped()) == 17
+    start = data.Stream(f"{images}/shard-{{00000..00006}}.tar", shuffle_buffer=2)
+    made = run(start, 2, clip_fraction=1.0)
+    assert {id for batch in made for id in batch.ids} == {"clips-000", "clips-001"}
+    few = data.Stream([f"{images}/shard-{{00000..00001}}.tar", str(sets[1])], shuffle_buffer=2)
+    assert run(few, 3, clip_fraction=1.0)[-1].ids[0].startswith("small")
 
 
 def test_pictures_that_all_are_corrupt_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,6 +506,21 @@ def test_a_worker_that_dies_is_named_and_none_is_left(sets: tuple[Path, Path]) -
     assert len(multiprocessing.active_children()) == 2
     del made
     assert not multiprocessing.active_children()
+
+
+def test_samples_are_augmented_as_by_the_loader(sets: tuple[Path, Path]) -> None:
+    def seed_of(sample: data.Sample, generator: torch.Generator | None) -> torch.Tensor:
+        assert generator is not None
+        return torch.tensor([generator.initial_seed()])
+
+    stream = mixed(sets)
+    made = run(stream, 3, world=2, transform=seed_of, clip_fraction=0.5)
+    datasets = [data.Dataset(path) for path in sets]
+    expected = islice(data.loader(datasets, 8, seed_of, seed=stream.seed, clip_fraction=0.5), 3)
+    for batch, other in zip(made, expected, strict=True):
+        assert torch.equal(batch.pixels, other.pixels)
+        assert batch.media == other.media
+        assert len(batch.pixels.unique()) == 8
 
 
 def test_random_numbers_of_the_process_are_left_alone(sets: tuple[Path, Path]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xray.data.streams import Stream
 
 VERSION = 1  # of the state
-FAILED = 16  # shards of a source that fail one after the other before the run ends
+FAILED = 16  # shards of a source that fail without a sample between them before the run ends
 LOOK = 8  # shards without the kind after which a source is taken for having none, if other sources have some
 SEARCH = 64  # if none has: so many shards of each, or a reader's part of an epoch if that is more, are searched
 CORRUPT = 1000  # samples in a row that cannot be decoded before the run ends
@@ -50,7 +50,7 @@ class Cursor:
         self.shard = -1  # the number of the one that is open
         self.seen = self.in_shard = 0  # samples of the kind: in all, in this shard
         self.barren: set[int] = set()  # shards without this kind
-        self.failed: list[int] = []  # shards that gave nothing but an error, since one that could be read
+        self.failed: list[int] = []  # shards that gave nothing but an error, since the last sample
         self.empty = False  # the source is taken for having none of this kind
         self.searches = False  # no source of the reader has shown this kind yet
         self._file: ShardFile | None = None
@@ -82,7 +82,6 @@ class Cursor:
                 self.failed.append(self.shard)
             elif not self.in_shard:
                 self.barren.add(self.shard)
-                self.failed.clear()
             self._leave()
             self._check_progress(cause)
         return None
@@ -146,8 +145,8 @@ class Cursor:
         source = self.stream.sources[self.source]
         if cause and (hopeless or len(self.failed) >= FAILED):
             raise DataError(
-                f"the source {source} cannot be read: {len(self.failed)} shards failed one after the other, the last, "
-                f"{self.bad[-1][0]}, because {cause}"
+                f"the source {source} cannot be read: {len(self.failed)} shards failed without a sample between them, "
+                f"the last, {self.bad[-1][0]}, because {cause}"
             )
         self.empty = tried >= enough and bool(self.barren) and not (self.seen and self.failed)
         if self.empty and tried < count:
