@@ -43,7 +43,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(name: str, out: Path, shapes: Path, **changes: Any) -> Recipe:
-    quiet: dict[str, Any] = {"tensorboard": False, "progress": False, "batch_size": 16, "data_size": 240}
+    quiet: dict[str, Any] = {
+        "tensorboard": False,
+        "progress": False,
+        "batch_size": 16,
+        "data_size": 240,
+        "peak_tflops": 0.1,
+    }
     return replace(RECIPES[name](), out=str(out), data=str(shapes), **{**quiet, **changes})
 
 

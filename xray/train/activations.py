@@ -1,10 +1,11 @@
 """How many bytes a step keeps for its backward pass: an estimate from the shapes of a model alone.
 
-A pre-LN block of width C and MLP width M keeps, of N tokens that enter it and N' that leave its attention (fewer where
-EViT drops some), with b bytes a number in the compute dtype, 4 in the residual stream, and H heads:
+A pre-LN block of width C and MLP width M keeps, of N tokens that enter it, Q that attend (all, or the one of a last
+block that is read) and N' that leave its attention (fewer where EViT drops some), with b bytes a number in the compute
+dtype, 4 in the residual stream, and H heads:
 
-    none        N (5 b C + 4 C + 4 H) + N' (b C + 4 C + 2 b M)
-    selective   N (5 b C + 4 C + 4 H) + N' (b C + b M)
+    none        N (3 b C + 4 C) + Q (2 b C + 4 H) + N' (b C + 4 C + 2 b M)
+    selective   N (2 b C + 4 C) + Q (3 b C + 4 H) + N' (b C + b M)
     full        N 4 C
 
 In words, "none": the inputs of both norms and what they give, query, key, value and the heads' output with their
@@ -24,9 +25,10 @@ WIDE = 4  # bytes of the residual stream, which is float32
 
 
 class Layer(NamedTuple):
-    """What a block's bytes depend on: tokens before and after its attention, whether EViT drops some, and widths."""
+    """What a block's bytes depend on: tokens before its attention, in it and after, whether EViT drops some; widths."""
 
     tokens: int
+    queries: int
     tokens_left: int
     drops: bool
     width: int
@@ -39,7 +41,8 @@ def block_bytes(layer: Layer, checkpointing: str, item: int) -> int:
     before, after, width = layer.tokens, layer.tokens_left, layer.width
     if checkpointing == "full":
         return before * WIDE * width
-    attention = before * ((5 * item + WIDE) * width + WIDE * layer.heads)
+    attention = before * (2 * item + WIDE) * width + layer.queries * (2 * item * width + WIDE * layer.heads)
+    attention += (layer.queries if checkpointing == "selective" else before) * item * width
     reorganized = 0
     if layer.drops:  # the update and the scores; the new stream, and its norm's input is its own
         reorganized = before * (WIDE * width + WIDE) + after * WIDE * width
@@ -48,13 +51,15 @@ def block_bytes(layer: Layer, checkpointing: str, item: int) -> int:
     return attention + reorganized + after * ((item + WIDE) * width + 2 * item * layer.mlp_width)
 
 
-def layers_of(block_tokens: list[int], width: int, mlp_width: int, heads: int) -> list[Layer]:
-    """The blocks of a tower that `block_tokens` enter."""
-    left = [*block_tokens[1:], block_tokens[-1]]
-    return [
-        Layer(tokens, after, after < tokens, width, mlp_width, heads)
-        for tokens, after in zip(block_tokens, left, strict=True)
+def layers_of(block_tokens: list[int], width: int, mlp_width: int, heads: int, reads_one: bool) -> list[Layer]:
+    """The blocks of a tower that `block_tokens` enter, of whose last tokens one is read or all are."""
+    *but_last, last = block_tokens
+    layers = [
+        Layer(tokens, tokens, after, after < tokens, width, mlp_width, heads)
+        for tokens, after in zip(but_last, block_tokens[1:], strict=True)
     ]
+    read = 1 if reads_one else last
+    return [*layers, Layer(last, read, read, False, width, mlp_width, heads)]
 
 
 def blocks_of(config: Config, cost: models.Cost) -> list[Layer]:
@@ -62,14 +67,15 @@ def blocks_of(config: Config, cost: models.Cost) -> list[Layer]:
     vision = config if isinstance(config, models.VisionConfig) else getattr(config, "vision", None)
     found: list[Layer] = []
     if vision is not None:
-        found += layers_of(cost.block_tokens, vision.width, vision.mlp_width, vision.heads)
+        reads_one = isinstance(config, models.TagConfig | models.ClipConfig)
+        found += layers_of(cost.block_tokens, vision.width, vision.mlp_width, vision.heads, reads_one)
     if isinstance(config, models.MaeConfig):
         width = config.decoder_width
         tokens = [config.vision.num_prefix_tokens + config.vision.patches_per_frame] * config.decoder_depth
-        found += layers_of(tokens, width, 4 * width, config.decoder_heads)
+        found += layers_of(tokens, width, 4 * width, config.decoder_heads, reads_one=False)
     if isinstance(config, models.ClipConfig):
         text = config.text
-        found += layers_of([text.context_length] * text.depth, text.width, text.mlp_width, text.heads)
+        found += layers_of([text.context_length] * text.depth, text.width, text.mlp_width, text.heads, reads_one=True)
     return found
 
 
@@ -83,8 +89,8 @@ def sample_bytes(
     pixels = CHANNELS * image_size**2 * num_frames
     kept = pixels * WIDE + patches * 2 * WIDE  # the input; tokens before the blocks are the first block's
     kept += sum(block_bytes(layer, checkpointing, item) for layer in blocks)
-    kept += 2 * cost.block_tokens[-1] * vision.width * WIDE  # the last norm: its input, and what it gives
     if isinstance(config, models.MaeConfig):
+        kept += 2 * cost.block_tokens[-1] * vision.width * WIDE  # the last norm: its input, and what it gives
         kept += 2 * pixels * WIDE  # the prediction's error, and its square
     if checkpointing != "none":
         kept += max(block_bytes(layer, "none", item) for layer in blocks)
