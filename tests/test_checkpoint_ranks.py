@@ -5,6 +5,7 @@ The processes start once; some of them first make a group of two.
 
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from xray.train.checkpointer import Checkpointer
 from xray.train.distributed import World, whole
 
 RANKS = 4
+PATIENCE = 240
+"""Seconds for all that the processes do, which is about a minute on two busy cores; what still runs then has hung."""
 NAMES = ["fused adamw", "odd"]
 
 
@@ -145,7 +148,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     # Forked from one that has imported PyTorch, which takes each of them seconds otherwise.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["test_checkpoint_ranks"])
-    multiprocessing.start_processes(compute, (str(folder),), nprocs=RANKS, start_method="forkserver")
+    context = multiprocessing.start_processes(
+        compute, (str(folder),), nprocs=RANKS, join=False, daemon=True, start_method="forkserver"
+    )
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes hang"
+    finally:
+        for process in context.processes:
+            process.kill()
     return folder
 
 

@@ -14,7 +14,7 @@ from test_checkpoint import ALONE, OPTIMIZERS, damage
 from xray import data, models
 from xray.train import Recipe, TrainError, checkpoint, tasks
 from xray.train.checkpointer import Checkpointer
-from xray.train.export import export, final_model
+from xray.train.export import export, final_model, recipe_of
 from xray.train.recipes import RECIPES
 
 
@@ -61,6 +61,11 @@ def test_what_is_exported_is_the_final_model(run: Path, tmp_path: Path) -> None:
     assert settings["data_weights"] == [1.0, 2.0]
     assert settings["steps"] == recipe.steps
     assert not settings.keys() & {"out", "init", "resume", "overwrite"}
+
+
+def test_the_recipe_comes_back_from_a_checkpoint(run: Path) -> None:
+    state = checkpoint.read_state(run / "checkpoints" / "step-1")
+    assert recipe_of({**state.recipe, "of_a_later_version": 1}) == clip()[0]
 
 
 def test_an_earlier_step(run: Path, tmp_path: Path) -> None:
