@@ -157,7 +157,8 @@ def test_loop(recipe: Recipe, bench: Bench, tmp_path: Path) -> None:
         out=str(tmp_path / "run"),
         init=str(tmp_path / "start.safetensors"),
     )
-    artifacts = tasks.learn(recipe, [data.Dataset(recipe.data, "train")])
+    dataset = data.Dataset(recipe.data, "train")
+    artifacts = tasks.learn(recipe, zip(dataset.column("caption"), dataset.column("tags"), strict=True))
     task = tasks.build(recipe, artifacts)
     steps.save_task(task, recipe.init, **artifacts)
     bare = steps.BareLoop(task, recipe)

@@ -210,7 +210,7 @@ def main() -> int:
     kills, seed = (int(word) for word in [*sys.argv[1:], *("24", "0")[len(sys.argv) - 1 :]])
     chance, failed = random.Random(seed), False
     with tempfile.TemporaryDirectory() as temporary:
-        shapes = data.generated(Path(temporary) / "shapes", 240, image_size=32, num_frames=4)
+        shapes = data.generated(Path(temporary) / "shapes", 240, image_size=32, num_frames=4, shard_bytes=2**17)
         for number, campaign in enumerate(campaigns(kills)):
             folder = Path(temporary) / str(number)
             folder.mkdir()

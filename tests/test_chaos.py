@@ -13,7 +13,9 @@ from xray import data
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data.generated(tmp_path_factory.mktemp("data") / "shapes", 240, image_size=32, num_frames=4)
+    return data.generated(
+        tmp_path_factory.mktemp("data") / "shapes", 240, image_size=32, num_frames=4, shard_bytes=2**17
+    )
 
 
 @pytest.mark.parametrize("campaign", chaos.campaigns(kills=3, steps=20), ids=lambda campaign: campaign.name)

@@ -195,6 +195,9 @@ def test_initialize_keeps_dtypes_and_frozen_parameters() -> None:
     model = BUILD["tags"]().bfloat16()
     model.head.requires_grad_(False)
     poison(model)
+    given: set[torch.dtype] = set()
+    models.initialize(model, 0, assign=lambda parameter, value: given.add(value.dtype))
+    assert given == {torch.bfloat16}
     models.initialize(model, 0)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(parameter.isfinite().all() for parameter in model.parameters())

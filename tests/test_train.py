@@ -103,12 +103,16 @@ def test_metrics_have_a_line_a_step(chain: dict[str, Path]) -> None:
     found = {f"{way}{name}" for way in ("", "image_to_text_", "text_to_image_") for name in ("top1", "top5", "rank")}
     own: dict[str, set[str]] = {"mae": set(), "tags": {"top1"}, "clip": {"logit_scale", *found}}
     common = {"step", "loss", "images_per_s", "lr", "grad_norm", "keep_rate", "data_wait", "seconds", "skipped"}
+    common |= {"tokens_per_s", "mfu", "memory", "memory_peak", "bad_samples", "skipped_total", "checkpoint_seconds"}
     for stage, out in chain.items():
         records = lines(out)
         assert [record["step"] for record in records] == list(range(1, len(records) + 1))
         for record in records:
+            kept_tokens = record.pop("kept_tokens")
             assert record.keys() == common | own[stage]
             assert all(math.isfinite(value) for value in record.values())
+            assert len(kept_tokens) == (0 if record["keep_rate"] == 1 else 3)
+            assert record["mfu"] > 0
             assert 0 <= record["data_wait"] <= 1
             assert record["images_per_s"] > 0
             assert record["skipped"] is False
@@ -446,12 +450,13 @@ def test_activation_checkpointing_changes_nothing(shapes: Path, tmp_path: Path) 
 def test_rare_tags_are_left_out(shapes: Path, tmp_path: Path) -> None:
     dataset = data.Dataset(shapes, "train")
     recipe = tiny("tags_tiny", tmp_path, shapes, min_tag_count=20)
-    kept = json.loads(tasks.learn(recipe, [dataset])["tags"])
+    texts = [*zip(dataset.column("caption"), dataset.column("tags"), strict=True)]
+    kept = json.loads(tasks.learn(recipe, texts)["tags"])
     counts = [sum(tag in tags for tags in dataset.column("tags")) for tag in kept]
     assert counts == sorted(counts, reverse=True)
     assert min(counts) >= 20
     with pytest.raises(train.TrainError, match=r"no tag of .* min_tag_count = 9999"):
-        tasks.learn(replace(recipe, min_tag_count=9999), [dataset])
+        tasks.learn(replace(recipe, min_tag_count=9999), texts)
 
 
 def test_models_that_do_not_exist(shapes: Path, tmp_path: Path) -> None:

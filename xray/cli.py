@@ -174,14 +174,14 @@ def _train(options: argparse.Namespace) -> int:
         print(recipe_table())
         return 0
     recipe = train.recipe_for(options.recipe, options.settings)
-    train.validate(recipe)
-    if options.ranks is not None and not options.dry_run:
-        raise UsageError("--ranks N goes with --dry-run: torchrun decides how many processes train")
+    if options.ranks is not None and (options.ranks < 1 or not options.dry_run):
+        raise UsageError("--ranks N, at least 1, goes with --dry-run: torchrun decides how many processes train")
     if options.dry_run:
         from xray.train import plan
 
-        print(plan.describe(recipe, _world_size() if options.ranks is None else options.ranks))
+        print(plan.describe(recipe, options.ranks or _world_size()))
         return 0
+    train.validate(recipe)
     if options.show:
         for key, value in vars(recipe).items():
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

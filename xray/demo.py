@@ -47,6 +47,9 @@ NOT_LEARNED = (
     "keep_checkpoints",
     "log_every",
     "tensorboard",
+    "trackers",
+    "peak_tflops",
+    "profile",
     "progress",
 )
 QUICK_SAMPLES = 900
@@ -230,7 +233,7 @@ def _stage(name: str, out: Path, folder: Path, seed: int, quick: bool, progress:
         say(f"{TITLES[name]}: {recipe.steps:,} steps of {recipe.batch_size}")
         started = (where / "recipe.json").is_file()
         train.run(replace(recipe, resume="latest" if started else ""))
-    stage = Stage(name, recipe, where, _lines(where / "metrics.jsonl"))
+    stage = Stage(name, recipe, where, _lines(where))
     summary = stage.summary()
     when = "done before" if finished else "done"
     say(f"{TITLES[name]}: {when}, loss {summary['final_loss']:.3f} ({report.duration(summary['seconds'])})\n")
@@ -268,12 +271,12 @@ def _clear(where: Path) -> None:
         raise DemoError(f"{where} cannot be removed to train it anew: {error.strerror or error}") from error
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
+def _lines(where: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.jsonl."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DemoError(f"{path} cannot be read ({error}); remove {path.parent} to train it anew") from error
+        return train.read_metrics(where)
+    except train.TrainError as error:
+        raise DemoError(f"{error}; remove {where} to train it anew") from error
 
 
 def _finish(out: Path, folder: Path, stages: Mapping[str, Stage], seed: int, command: str, progress: bool) -> Path:

@@ -21,7 +21,7 @@ import torch
 
 from xray.data.dataset import Dataset, Sample
 from xray.data.errors import DataError, DecodeError
-from xray.data.transforms import Transform
+from xray.data.transforms import Scheduled, Transform, at
 
 NAMED = 20  # unreadable samples named in the log; the rest are only counted
 
@@ -68,7 +68,7 @@ def skipped() -> dict[str, str]:
 def loader(
     datasets: Dataset | Sequence[Dataset],
     batch_size: int,
-    transform: Transform,
+    transform: Transform | Scheduled,
     seed: int = 0,
     start_step: int = 0,
     num_workers: int = 0,
@@ -87,8 +87,8 @@ def loader(
     Args:
         datasets: one dataset, or several that are read as one.
         batch_size: samples per batch and rank.
-        transform: `(sample, generator) -> tensor`, see `transforms`; its generator is seeded by (seed,
-            step, place).
+        transform: `(sample, generator) -> tensor`, see `transforms`, or one for each part of the run; its generator
+            is seeded by (seed, step, place).
         seed: of the order and the augmentation.
         start_step: the first step to make.
         num_workers: processes that decode ahead; 0 decodes in this process.
@@ -249,7 +249,7 @@ class _Steps(torch.utils.data.Dataset):
         places: dict[str, np.ndarray],
         weights: Sequence[float] | None,
         batch_size: int,
-        transform: Transform,
+        transform: Transform | Scheduled,
         seed: int,
         rank: int,
         world_size: int,
@@ -268,11 +268,12 @@ class _Steps(torch.utils.data.Dataset):
         first = turn % steps_per_epoch * self.global_batch + self.rank * self.batch_size
         bad: list[tuple[str, str]] = []
         samples, pixels = [], []
+        transform = at(self.transform, step)
         for place in range(first, first + self.batch_size):
             sample = self._read(places, order, place, bad)
             slot = place - first + self.rank * self.batch_size
             samples.append(sample)
-            pixels.append(self.transform(sample, augmentation(self.seed, step, slot)))
+            pixels.append(transform(sample, augmentation(self.seed, step, slot)))
         return collate(samples, pixels, bad)
 
     def _read(self, places: np.ndarray, order: np.ndarray, place: int, bad: list[tuple[str, str]]) -> Sample:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the state
 FAILED = 16  # shards of a source that fail one after the other before the run ends
-BARREN = 64  # shards looked through for a kind, where a reader's own are fewer and the source has that many
+LOOK = 8  # shards without the kind after which a source is taken for having none, if other sources have some
+SEARCH = 64  # if none has: so many shards of each, or a reader's part of an epoch if that is more, are searched
 CORRUPT = 1000  # samples in a row that cannot be decoded before the run ends
 GAP = 8 * 2**20  # bytes between two samples of the buffer from which seeking is taken for cheaper than reading
 PLACE = np.dtype([("source", "<u2"), ("shard", "<u4"), ("offset", "<i8")])  # of a sample: 14 bytes
@@ -38,8 +39,8 @@ Bad = list[tuple[str, str]]  # (sample id or shard, reason)
 class Cursor:
     """The samples of one kind of one source, as one reader meets them: endless, epoch by epoch.
 
-    An epoch is a permutation of the source's shards, dealt out to the readers. A reader that found nothing in
-    its part of an epoch takes all shards in the next one, so that a kind which few shards hold is found.
+    An epoch is a permutation of the source's shards, dealt out to the readers. Shards that turned out to hold
+    nothing of the kind are passed over later, so a reader comes soon to those that do, however few they are.
     """
 
     def __init__(self, stream: Stream, source: int, reader: int, media: str, bad: Bad) -> None:
@@ -47,14 +48,14 @@ class Cursor:
         self.shards = stream.shards[source]
         self.epoch = self.position = self.offset = 0  # the offset is that of the next group in the shard
         self.shard = -1  # the number of the one that is open
-        self.whole = False  # this epoch goes over all shards
-        self.seen = self.seen_before = self.in_shard = 0  # samples: in all, before this epoch, in this shard
+        self.seen = self.in_shard = 0  # samples of the kind: in all, in this shard
         self.barren: set[int] = set()  # shards without this kind
-        self.failed: set[int] = set()  # shards that gave nothing but an error, since the last sample
-        self.empty = False  # the source has none of this kind
+        self.failed: list[int] = []  # shards that gave nothing but an error, since one that could be read
+        self.empty = False  # the source is taken for having none of this kind
+        self.searches = False  # no source of the reader has shown this kind yet
         self._file: ShardFile | None = None
         self._groups: Iterator[Group] = iter(())
-        self._order: tuple[int, bool, np.ndarray] | None = None
+        self._order: tuple[int, np.ndarray] | None = None
 
     def next(self) -> tuple[int, int, Record] | None:
         """Shard, offset and record of the next sample; None when the source has none of this kind.
@@ -77,23 +78,36 @@ class Cursor:
             except ShardError as error:
                 cause = str(error)
                 self.bad.append((self.shards[self.shard], cause))
-            if not self.in_shard:
-                (self.failed if cause else self.barren).add(self.shard)
+            if cause and not self.in_shard:
+                self.failed.append(self.shard)
+            elif not self.in_shard:
+                self.barren.add(self.shard)
+                self.failed.clear()
             self._leave()
             self._check_progress(cause)
         return None
 
     def state(self) -> dict[str, Any]:
         """Its place, as JSON can hold it."""
-        numbers = (self.epoch, self.position, self.offset, self.seen, self.seen_before, self.in_shard)
-        flags = (self.whole, self.empty)
-        return {"at": numbers, "flags": flags, "barren": sorted(self.barren), "failed": sorted(self.failed)}
+        numbers = (self.epoch, self.position, self.offset, self.seen, self.in_shard)
+        return {
+            "at": numbers,
+            "flags": (self.empty, self.searches),
+            "barren": sorted(self.barren),
+            "failed": self.failed,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a place given by `state`."""
-        self.epoch, self.position, self.offset, self.seen, self.seen_before, self.in_shard = state["at"]
-        self.whole, self.empty = state["flags"]
-        self.barren, self.failed = set(state["barren"]), set(state["failed"])
+        self.epoch, self.position, self.offset, self.seen, self.in_shard = state["at"]
+        self.empty, self.searches = state["flags"]
+        self.barren, self.failed = set(state["barren"]), list(state["failed"])
+
+    def search(self) -> bool:
+        """Take up the source again, to look longer than before; whether that has not been done yet."""
+        again = not self.searches and len(self.barren) < len(self.shards)
+        self.searches, self.empty = True, not again
+        return again
 
     def _wanted(self, group: Group) -> Record | None:
         try:
@@ -111,7 +125,6 @@ class Cursor:
         while self.position >= len(order) or int(order[self.position]) in self.barren:
             self.position += 1
             if self.position >= len(order):
-                self.whole, self.seen_before = self.seen == self.seen_before, self.seen
                 self.epoch, self.position = self.epoch + 1, 0
                 order = self._epoch_order()
         self.shard = int(order[self.position])
@@ -126,24 +139,27 @@ class Cursor:
 
     def _check_progress(self, cause: str) -> None:
         """End the search where going on is hopeless: every shard fails, or none holds the kind."""
-        tried, count, part = len(self.barren | self.failed), len(self.shards), len(self.shards) // self.stream.readers
-        enough = count if self.seen else min(count, max(part, BARREN))
-        hopeless = tried >= enough and (self.seen or not self.barren)
+        tried, count = len(self.barren.union(self.failed)), len(self.shards)
+        patience = max(SEARCH, count // self.stream.readers) if self.searches else LOOK
+        enough = count if self.seen else min(count, patience)
+        hopeless = tried == count and (self.seen or not self.barren)
+        source = self.stream.sources[self.source]
         if cause and (hopeless or len(self.failed) >= FAILED):
             raise DataError(
-                f"the source {self.stream.sources[self.source]} cannot be read: {len(self.failed)} shards failed one "
-                f"after the other, the last, {self.bad[-1][0]}, because {cause}"
+                f"the source {source} cannot be read: {len(self.failed)} shards failed one after the other, the last, "
+                f"{self.bad[-1][0]}, because {cause}"
             )
-        self.empty = tried >= enough and not (self.seen and self.failed)
+        self.empty = tried >= enough and bool(self.barren) and not (self.seen and self.failed)
+        if self.empty and tried < count:
+            self.bad.append((source, f"no {self.media} is in {tried} of its {count} shards, so none is looked for"))
 
     def _epoch_order(self) -> np.ndarray:
         """The numbers of the shards that this reader reads in the present epoch, in order."""
-        if self._order is None or self._order[:2] != (self.epoch, self.whole):
+        if self._order is None or self._order[0] != self.epoch:
             random = np.random.default_rng([self.stream.seed, SHARDS, self.source, self.epoch])
             order = random.permutation(len(self.shards))
-            order = np.roll(order, -self.reader) if self.whole else order[self.reader :: self.stream.readers]
-            self._order = (self.epoch, self.whole, order)
-        return self._order[2]
+            self._order = (self.epoch, order[self.reader :: self.stream.readers])
+        return self._order[1]
 
 
 class Shuffle:
@@ -223,9 +239,14 @@ class Shuffle:
                 for cursor, weight in zip(self.cursors, self.stream.weights, strict=True)
             ]
             if not any(weights):
+                # A source that weighs nothing is never searched.
+                wanted = [cursor for cursor in self.cursors if self.stream.weights[cursor.source]]
+                taken_up = [cursor.search() for cursor in wanted]
+                if any(taken_up):
+                    return self._draw_source()
                 raise DataError(
-                    f"reader {self.reader} finds no {self.media} in {', '.join(self.stream.sources)}; choose sources "
-                    f"that hold some, or loosen clip_fraction, split, media and min_tags"
+                    f"reader {self.reader} finds no {self.media} in {', '.join(self.stream.sources)}; choose other "
+                    f"sources or another clip_fraction, or loosen split, media and min_tags"
                 )
             self._bounds = np.cumsum(weights).tolist()
         return bisect(self._bounds, self.random.random() * self._bounds[-1])

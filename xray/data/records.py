@@ -109,8 +109,10 @@ def decode_record(record: Record, max_side: int, max_frames: int) -> Sample:
 
 
 def _text(value: Any) -> str:
-    """Text and numbers as text, "" for anything else."""
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+    """Text and numbers as text that can be encoded (JSON can hold half a character), "" for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    return str(value).encode(errors="replace").decode()
 
 
 def _tags(value: Any) -> list[str]:

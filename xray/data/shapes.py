@@ -17,7 +17,7 @@ import numpy as np
 
 from xray.data.clean import split_of
 from xray.data.errors import DataError
-from xray.data.shards import Entry, ShardWriter, encode, extension_of
+from xray.data.shards import SHARD_BYTES, Entry, ShardWriter, encode, extension_of
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -85,6 +85,7 @@ def generated(
     image_size: int = 32,
     num_frames: int = 4,
     clip_share: float = 1 / 3,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the set of coloured shapes as a dataset folder.
 
@@ -99,6 +100,7 @@ def generated(
         image_size: side of the square frames, in pixels.
         num_frames: frames of a clip.
         clip_share: share of the samples that are clips.
+        shard_bytes: a shard is closed once it holds this many bytes.
 
     Returns:
         `root` as a path.
@@ -110,7 +112,7 @@ def generated(
         raise DataError(f"size is {size}; at least 1 sample is needed")
     facts = {"generated_size": str(size), "generated_seed": str(seed), "image_size": str(image_size)}
     made = samples(size, seed, image_size=image_size, num_frames=num_frames, clip_share=clip_share)
-    with ShardWriter(root, facts=facts) as writer:
+    with ShardWriter(root, shard_bytes=shard_bytes, facts=facts) as writer:
         for entry, frames in made:
             writer.add(entry, encode(frames, entry.media)[0])
     return Path(root)

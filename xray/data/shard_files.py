@@ -24,7 +24,7 @@ BLOCK = 2**20  # bytes a thread reads at a time
 BLOCKS_AHEAD = 2
 ATTEMPTS = 4  # at opening and reading a shard, without any progress between them
 FIRST_PAUSE = 0.25  # seconds before the second attempt; twice as long before each further one
-MAX_MEMBER = 2**29  # bytes; a member that claims more is taken for damage
+MAX_MEMBER = 2**29  # bytes; a header that claims more is taken for damage
 # Another attempt gives the same answer.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, NotImplementedError)
 
@@ -80,8 +80,10 @@ class ShardFile:
         """The next `size` bytes, fewer at the end of the file.
 
         Raises:
-            ShardError: the file cannot be opened or read, or no byte came in time.
+            ShardError: the file cannot be opened or read, no byte came in time, or the size is no member's.
         """
+        if not 0 <= size <= MAX_MEMBER:
+            raise ShardError(f"it is damaged: a header at byte {self._position} claims {size} bytes")
         if self._used + size <= len(self._block):
             self.last = self._block[self._used : self._used + size]
             self._used += size
@@ -147,7 +149,7 @@ def groups(file: ShardFile, extensions: Container[str]) -> Iterator[Group]:
     Raises:
         ShardError: the shard cannot be read on.
     """
-    tar: Any = _parsed(lambda: tarfile.TarFile(fileobj=cast(Any, file)))
+    tar: Any = _parsed(lambda: tarfile.TarFile(fileobj=cast(Any, file), errors="replace"))
     # A TarFile that found no first member is at its end, and must not be asked for more.
     member = _parsed(tar.next) if tar.firstmember is not None else None
     group: Group | None = None
@@ -181,8 +183,6 @@ def _parsed(parse: Callable[[], T]) -> T:
 
 
 def _read_member(file: ShardFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > MAX_MEMBER:
-        raise ShardError(f"its member {member.name} claims {member.size} bytes, above the cap of {MAX_MEMBER}")
     file.seek(member.offset_data)
     data = file.read(member.size)
     if len(data) < member.size:

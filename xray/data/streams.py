@@ -44,7 +44,7 @@ from xray.data.errors import DataError, DecodeError
 from xray.data.readers import VERSION, Bad, Reader
 from xray.data.records import EXTENSIONS, Record, read_record
 from xray.data.shard_files import ShardError, ShardFile, groups
-from xray.data.transforms import Transform
+from xray.data.transforms import Scheduled, Transform, at
 
 
 def parse_sources(text: str) -> list[str]:
@@ -153,8 +153,8 @@ class Stream:
         )
 
     def texts(self, limit: int) -> Iterator[tuple[str, list[str]]]:
-        """Caption and tags of the first `limit` samples, taken from the sources in turn, shard after shard; nothing
-        is decoded. Shards that cannot be read are counted and passed over.
+        """Caption and tags of the first `limit` samples, taken from the sources in turn, shard after shard. Nothing is
+        decoded, but the shards are read whole. Those that cannot be read are counted and passed over.
         """
         queues = [self._records(shards) for shards in self.shards]
         while queues and limit > 0:
@@ -229,7 +229,7 @@ def _find_shards(pattern: str) -> list[str]:
 def stream_loader(
     stream: Stream,
     batch_size: int,
-    transform: Transform,
+    transform: Transform | Scheduled,
     *,
     start_step: int = 0,
     state: Mapping[int, bytes] | None = None,
@@ -245,7 +245,8 @@ def stream_loader(
     Args:
         stream: what to read.
         batch_size: samples per batch and rank.
-        transform: `(sample, generator) -> tensor`, see `transforms`; its generator is seeded by (seed, step, place).
+        transform: `(sample, generator) -> tensor`, see `transforms`, or one for each part of the run; its generator
+            is seeded by (seed, step, place).
         start_step: the first step to make.
         state: the states of the readers after `start_step` steps, as `Batch.state` of all ranks together; needed
             to start at any step but 0.
@@ -263,8 +264,8 @@ def stream_loader(
     batch, readers = batch_size * world_size, stream.readers
     if batch % readers or readers % world_size:
         raise DataError(
-            f"readers is {readers} for a batch of {batch} samples on {world_size} ranks; it must divide the batch, and "
-            f"the ranks must divide it"
+            f"batch_size is {batch} over {world_size} ranks for {readers} readers; the number of readers must divide "
+            f"batch_size, and the number of ranks must divide that of readers"
         )
     share = readers // world_size
     numbers = range(rank * share, (rank + 1) * share)
@@ -289,7 +290,7 @@ class _Steps(torch.utils.data.IterableDataset):
         stream: Stream,
         readers: range,
         slots: int,
-        transform: Transform,
+        transform: Transform | Scheduled,
         start_step: int,
         states: dict[int, bytes],
         clip_fraction: float,
@@ -313,13 +314,14 @@ class _Steps(torch.utils.data.IterableDataset):
 
     def _part(self, step: int, readers: list[Reader]) -> Batch:
         media, _ = kind_of_step(step, self.clip_fraction)
+        transform = at(self.transform, step)
         samples, pixels, state = [], [], {}
         bad: Bad = []
         for reader in readers:
             for slot in range(reader.number * self.slots, (reader.number + 1) * self.slots):
                 sample = reader.sample(media)
                 samples.append(sample)
-                pixels.append(self.transform(sample, augmentation(self.stream.seed, step, slot)))
+                pixels.append(transform(sample, augmentation(self.stream.seed, step, slot)))
             state[reader.number] = reader.state(step + 1)
             bad += reader.bad
             reader.bad.clear()

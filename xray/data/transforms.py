@@ -58,6 +58,22 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Scheduled:
+    """Transforms that take turns along a run, such as one for each image size.
+
+    Attributes:
+        stages: (first step, transform) pairs in order, the first of step 0.
+    """
+
+    stages: tuple[tuple[int, Transform], ...]
+
+    def __post_init__(self) -> None:
+        firsts = [first for first, _ in self.stages]
+        if firsts[:1] != [0] or firsts != sorted(set(firsts)):
+            raise DataError(f"stages begin at steps {firsts}; 0 and then increasing steps are needed")
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Largest centred square, resized; frames evenly spread; see `evaluate`."""
 
@@ -113,6 +129,13 @@ def evaluate(image_size: int, num_frames: int = 1) -> Evaluate:
     """
     _check(image_size, num_frames)
     return Evaluate(image_size, num_frames)
+
+
+def at(transform: Transform | Scheduled, step: int) -> Transform:
+    """The transform of step `step`, counted from 0."""
+    if not isinstance(transform, Scheduled):
+        return transform
+    return next(one for first, one in reversed(transform.stages) if first <= step)
 
 
 def denormalize(pixels: torch.Tensor) -> torch.Tensor:

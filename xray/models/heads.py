@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from xray import ops
 from xray.models.config import TagConfig
 from xray.models.vit import VisionTransformer
 
@@ -16,12 +18,25 @@ class TagHead(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
+    def loss(self, features: Tensor, tags: Tensor, offsets: Tensor, guessed: slice) -> tuple[Tensor, Tensor]:
+        """The loss of features (B, width) and the likeliest tags of the rows in ``guessed``, without all logits.
+
+        ``tags`` and ``offsets`` are those of ``ops.tag_loss``, which runs in autocast's dtype where that is on.
+        """
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(features.device.type):
+            dtype = torch.get_autocast_dtype(features.device.type)
+            features, weight, bias = features.to(dtype), weight.to(dtype), bias.to(dtype)  # type: ignore[assignment]
+        with torch.no_grad():
+            guess = torch.addmm(bias, features[guessed], weight.T).argmax(dim=1)
+        return ops.tag_loss(features, weight, tags, offsets, bias=bias), guess
+
 
 class TagClassifier(nn.Module):
     """The encoder and one linear layer over the tags.
 
-    Training on large vocabularies goes through ``ops.tag_loss(self.encoder(pixels), self.head.weight, ...)``,
-    which never forms the (B, num_tags) logits that ``forward`` returns.
+    Training on large vocabularies goes through ``self.head.loss(self.encoder(pixels), ...)``, which never forms the
+    (B, num_tags) logits that ``forward`` returns.
     """
 
     def __init__(self, config: TagConfig) -> None:

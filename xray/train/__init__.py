@@ -8,6 +8,7 @@ contrastive batches in the memory of small ones, is for training loops of your o
 from pathlib import Path
 
 from xray.train.errors import Stopped, TrainError
+from xray.train.metrics import read_metrics
 from xray.train.overrides import find_recipe, parse_overrides, recipe_for, validate
 from xray.train.recipes import RECIPES, Recipe
 
@@ -18,6 +19,7 @@ __all__ = [
     "TrainError",
     "find_recipe",
     "parse_overrides",
+    "read_metrics",
     "recipe_for",
     "run",
     "validate",
@@ -27,9 +29,9 @@ __all__ = [
 def run(recipe: Recipe) -> Path:
     """Train what `recipe` describes and return its folder.
 
-    The folder holds `recipe.json`, `metrics.jsonl` (a line a step), `tensorboard/`, `checkpoints/step-N/`
-    and, at the end, `model.safetensors`. Under `torchrun` every rank calls this, and the global batch is
-    split between them.
+    The folder holds `recipe.json`, `environment.json` (on what machine and with what versions), `metrics.jsonl` (a line
+    a step, see `read_metrics`), `tensorboard/`, `checkpoints/step-N/` and, at the end, `model.safetensors`. Under
+    `torchrun` every rank calls this, and the global batch is split between them.
 
     Raises:
         TrainError: a value, a folder or a checkpoint cannot be used; one sentence says why.

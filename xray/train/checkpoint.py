@@ -145,19 +145,7 @@ def read_state(path: Path) -> State:
     Raises:
         TrainError: something is missing, cut short or of another format.
     """
-    try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        sizes, version = dict(content["files"]), int(content["format"])
-        if version != FORMAT:
-            raise TrainError(f"the checkpoint {path} is of format {version} and this version reads format {FORMAT}")
-        state = State(
-            int(content["step"]),
-            *(dict(content[part]) for part in ("recipe", "artifacts", "counts", "optimizer")),
-        )
-    except TrainError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its state.json cannot be read ({type(error).__name__})") from error
+    state, sizes = _read(path)
     for name, size in sizes.items():
         file = path / Path(name).name
         if not file.is_file():
@@ -168,8 +156,21 @@ def read_state(path: Path) -> State:
             with safe_open(file, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise _damaged(path, f"the header of {name} cannot be read") from error
+            raise _damaged(path, f"{name}'s header cannot be read") from error
     return state
+
+
+def _read(path: Path) -> tuple[State, dict[str, int]]:
+    """What `state.json` says, and the sizes of the other files."""
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        version = int(content["format"])
+        if version == FORMAT:
+            parts = (dict(content[part]) for part in ("recipe", "artifacts", "counts", "optimizer"))
+            return State(int(content["step"]), *parts), dict(content["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"its state.json cannot be read ({type(error).__name__})") from error
+    raise TrainError(f"the checkpoint {path} is of format {version} and this version reads format {FORMAT}")
 
 
 def check_recipe(path: Path, state: State, recipe: Recipe) -> None:
@@ -193,7 +194,7 @@ def restore(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer, place
     Raises:
         TrainError: a file is damaged, or the checkpoint is of another model.
     """
-    state = read_state(path)
+    state, _ = _read(path)
     reader, stored = open_tensors(path)
     try:
         target = snapshot.targets(task, optimizer, state.optimizer, stored, place.rank)

@@ -144,7 +144,7 @@ class Checkpointer:
         if self._under_way is not None:
             self._note(*self._under_way)
         if len(self._failed) >= (1 if final else MOST_FAILURES):
-            self._unsaid = ""
+            self._failed, self._unsaid = [], ""
             raise TrainError(self._message)
         self.check()
 

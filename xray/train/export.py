@@ -50,7 +50,7 @@ def export(source: str | Path, out: str | Path, *, step: int | None = None, timm
     checkpoint.load_tensors(path, reader, target, no_dist=True)
     strings = header(recipe, state.artifacts)
     if timm:
-        models.save_timm(task.model, out, **strings)  # type: ignore[attr-defined]
+        models.save_timm(task.model, out, state_dict=None, **strings)
     else:
         models.save(task.model, out, state_dict=None, **strings)
     return Path(out)

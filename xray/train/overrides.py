@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from xray.train import metrics, schedule
 from xray.train.errors import TrainError
 from xray.train.recipes import RECIPES, Recipe
 
@@ -204,6 +205,7 @@ def validate(recipe: Recipe) -> None:
             raise TrainError(
                 f"trackers has {name!r} and must be one or both of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}"
             )
+    metrics.check(recipe)
     if not recipe.data:
         raise TrainError(f"data is empty and {recipe.name} needs data=FOLDER, a folder written by `xray data pack`")
     if recipe.task == "mae" and recipe.clip_fraction:
@@ -215,6 +217,11 @@ def validate(recipe: Recipe) -> None:
             f"chunk_size is {recipe.chunk_size} and must be 0 for {recipe.task}, whose loss compares no samples with "
             "each other as clip's does: lower batch_size instead"
         )
+    if recipe.optimizer == "lamb" and not recipe.weight_decay:
+        raise TrainError(
+            "weight_decay is 0 and must be more than 0 for lamb, which scales the steps of decayed weights only"
+        )
+    schedule.check(recipe)
 
 
 def _check(recipe: Recipe, key: str, low: float, high: float) -> None:

@@ -5,24 +5,42 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
 from xray import data, models
 from xray.train import checkpoint
-from xray.train.distributed import World
+from xray.train.distributed import World, assign
 from xray.train.errors import TrainError
 from xray.train.recipes import Recipe
 from xray.train.tasks import Task, learn
 
 LAUNCH = ".launch"
 MOST_GRAPHS = 128  # shapes a block is compiled for: images and clips, times layers, times keep rates
+KEPT_OPS = {
+    "aten": (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "linear",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    ),
+    # Reorganisation too, so that the backward pass cannot take other tokens than the forward pass did.
+    "xray_kernels": ("attention", "attention_with_scores", "class_scores", "add_reorganize_norm", "reorganize_tokens"),
+}
+"""What "selective" checkpointing keeps: the results of the ops that cost most of a block's time, by namespace."""
 
 
 def open_folder(out: Path, recipe: Recipe, start: int, resumed: Path | None) -> None:
@@ -86,30 +104,6 @@ def _launch() -> str:
     return f"{socket.gethostname()} {os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"
 
 
-def open_data(recipe: Recipe, out: Path, place: World) -> list[data.Dataset]:
-    """The training split of every folder that `recipe.data` names; the generated set is made on the first
-    call.
-
-    Raises:
-        DataError: a folder is missing or damaged.
-    """
-    if recipe.data == "generated":
-        frames = max(2, recipe.num_frames)
-        root = out / f"generated-{recipe.data_size}x{recipe.image_size}x{frames}"
-
-        def generate() -> None:
-            if not (root / "index.parquet").is_file():
-                data.generated(root, recipe.data_size, image_size=recipe.image_size, num_frames=frames)
-
-        place.first_does(generate)
-        roots = [root]
-    else:
-        roots = [Path(part.strip()) for part in recipe.data.split(",")]
-    media = "image" if recipe.task == "mae" else None
-    min_tags = 1 if recipe.task == "tags" else 0
-    return [data.Dataset(root, "train", media=media, min_tags=min_tags) for root in roots]
-
-
 def model_file(init: str) -> Path:
     """The file that `init` names: itself, or the final model in a run's folder.
 
@@ -127,11 +121,61 @@ def model_file(init: str) -> Path:
     return path
 
 
-def learned(recipe: Recipe, datasets: Sequence[data.Dataset], init: Path | None) -> dict[str, str]:
-    """The tags or tokenizer of a new run, learned from its data, or the tokenizer that `init` brings."""
+def learned(recipe: Recipe, texts: Iterable[tuple[str, Sequence[str]]], init: Path | None) -> dict[str, str]:
+    """The tags or tokenizer of a new run: from the recipe's file, from what `init` brings, or learned from the data.
+
+    Args:
+        recipe: the run's.
+        texts: caption and tags of the training samples, read only where there is something to learn.
+        init: the model file to start from.
+
+    Raises:
+        TrainError: a file that cannot be read or is not what its key says, or data without tags.
+    """
+    if recipe.task == "tags" and recipe.tags_file:
+        return {"tags": json.dumps(read_tags(recipe.tags_file), ensure_ascii=False)}
+    if recipe.task == "clip" and recipe.tokenizer_file:
+        return {"tokenizer": _read_tokenizer(recipe.tokenizer_file)}
     if init is not None and recipe.task == "clip" and "tokenizer" in (header := _header(init)):
         return {"tokenizer": header["tokenizer"]}
-    return learn(recipe, datasets)
+    return learn(recipe, texts)
+
+
+def read_tags(path: str) -> list[str]:
+    """The tags that `tags_file` lists, in its order.
+
+    Raises:
+        TrainError: no readable JSON list of different, non-empty strings.
+    """
+    try:
+        tags = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainError(f"tags_file is {path}, which cannot be read as JSON: {_in_short(error)}") from error
+    if not isinstance(tags, list) or not tags:
+        found = "an empty list" if tags == [] else type(tags).__name__
+        raise TrainError(f"tags_file is {path}, which holds {found} and must hold a JSON list of tags")
+    seen: set[str] = set()
+    for place, tag in enumerate(tags):
+        if not isinstance(tag, str) or not tag.strip():
+            raise TrainError(f"tags_file is {path}, whose entry {place} is {tag!r} and must be a tag, a string")
+        if tag in seen:
+            raise TrainError(f"tags_file is {path}, which lists {tag!r} twice: list each tag once")
+        seen.add(tag)
+    return tags
+
+
+def _read_tokenizer(path: str) -> str:
+    """The JSON of the tokenizer in `tokenizer_file`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data.Tokenizer.load(text)
+    except (OSError, ValueError) as error:
+        raise TrainError(f"tokenizer_file is {path}, which cannot be used: {_in_short(error)}") from error
+    return text
+
+
+def _in_short(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -142,9 +186,8 @@ def _header(path: Path) -> dict[str, str]:
         return {}  # reading the weights will say what is wrong
 
 
-def start_from(model: nn.Module, path: Path, *, assign: models.Assign | None = None) -> str:
-    """Copy weights from an earlier run's model, one tensor at a time, and say in words which; `assign` as in
-    `models.load_encoder`.
+def start_from(model: nn.Module, path: Path) -> str:
+    """Copy weights from an earlier run's model, one tensor at a time, and say in words which. The model may be sharded.
 
     The image encoder always; from a clip model to a clip model of the same text encoder all the rest too,
     so that a finished model can be trained on.
@@ -171,20 +214,35 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def accelerate(task: Task, recipe: Recipe) -> None:
-    """Compile each block, then recompute it in the backward pass, as the recipe asks; sharding comes after.
+    """Recompute each block in the backward pass, and compile it, as the recipe asks; sharding comes after.
 
-    The forward methods are replaced rather than the modules, so parameter names stay as they are.
+    The compiler is given the block with its recomputation, which it plans into the block's two graphs. The forward
+    methods are replaced rather than the modules, so parameter names stay as they are.
     """
     if recipe.compile:
         # Chunks come with gradient and without, and the last may be smaller.
         most = MOST_GRAPHS * (4 if recipe.chunk_size else 1)
         for limit in ("recompile_limit", "accumulated_recompile_limit"):
             setattr(torch._dynamo.config, limit, max(most, getattr(torch._dynamo.config, limit)))
+    # There is no dropout, so no random state to restore.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if recipe.activation_checkpointing == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy())
     for block in task.blocks():
+        if recipe.activation_checkpointing != "none":
+            block.forward = functools.partial(recompute, block.forward, **options)
         if recipe.compile:
             # Shapes are few and fixed (see `schedule.keep_rate`), so each gets its own graph instead of a
             # slower general one.
             block.forward = torch.compile(block.forward, dynamic=False)
-        if recipe.activation_checkpointing != "none":
-            # There is no dropout, so no random state to restore.
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _policy() -> Callable[..., CheckpointPolicy]:
+    """Which results of a block are kept for its backward pass."""
+    packets = (getattr(getattr(torch.ops, space), name, None) for space, names in KEPT_OPS.items() for name in names)
+    kept = {getattr(packet, overload) for packet in packets if packet is not None for overload in packet.overloads()}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

@@ -47,10 +47,13 @@ class Recipe:
         steps: optimizer steps in all, also when resuming.
         batch_size: samples a step over all processes together.
         learning_rate: the peak, reached after `warmup_steps`, then a cosine down to zero.
-        layer_decay: the learning rate of each block of the image encoder over that of the next; 1 gives all the same.
-        weight_decay: decoupled; not applied to norms, biases, embeddings and scales.
+        layer_decay: the learning rate of each block of the image encoder over that of the next, and of the last over
+            that of all above it; 1 gives all the same.
+        weight_decay: decoupled; not applied to norms, biases, embeddings and scales. LAMB sets the length of the steps
+            of decayed weights only, and needs some.
         betas: the optimizer's two decay rates.
-        epsilon: AdamW's and LAMB's.
+        epsilon: AdamW's and LAMB's. CLIP's value for ViTs: at the usual 1e-8, parameters whose true gradient is zero,
+            such as the biases of keys, drift by rounding noise, and runs on different numbers of processes part.
         warmup_steps: steps of linear warm-up.
         grad_clip: gradients are scaled down to this global L2 norm; 0 turns clipping off.
         max_bad_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
@@ -98,9 +101,9 @@ class Recipe:
         keep_checkpoints: the newest so many are kept, older ones deleted.
         keep_every: checkpoints at multiples of this many steps are kept for ever; 0 keeps none.
         async_checkpoints: write checkpoints while training goes on.
-        log_every: steps between points on TensorBoard; metrics.jsonl always has every step.
+        log_every: steps between points on TensorBoard and other trackers; metrics.jsonl always has every step.
         tensorboard: write TensorBoard files, if the package is installed.
-        trackers: further places for the numbers, comma-separated: "wandb", "trackio", if those packages are installed.
+        trackers: further places for the numbers, comma-separated: "wandb", "trackio"; needs those packages.
         peak_tflops: matrix throughput of one device, 10^12 FLOP/s, that MFU counts against; 0 measures it at the start.
         profile: steps to trace with torch.profiler, "FIRST:LAST", into the run's folder.
         progress: show a progress bar.

@@ -15,6 +15,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""How gloo and NCCL say that another process has ended."""
+
 
 def join(backend: str, timeout: timedelta) -> None:
     """Make the default process group of the processes that torchrun has started; all of them must call it.
@@ -57,3 +60,9 @@ def fresh(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.S
             raise RuntimeError(f"processes {', '.join(map(str, sorted(missing)))} of {size} did not come in {timeout}")
         time.sleep(0.01 if missing else 0)
     return dist.PrefixStore(name, store)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has ended, rather than for a mistake of its own."""
+    text = str(error)
+    return dist.is_initialized() and any(sign in text for sign in LOST)

@@ -30,15 +30,7 @@ class Stored(NamedTuple):
 
 
 class Mismatch(Exception):
-    """A tensor of a checkpoint is not as the model or the optimizer needs it."""
-
-    def __init__(self, name: str, here: tuple[int, ...] | None, there: tuple[int, ...] | None) -> None:
-        self.name, self.here, self.there = name, here, there
-        super().__init__(f"{name} has {_shape(here)} here and {_shape(there)} there")
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else f"shape {shape}"
+    """A checkpoint is not as the model or the optimizer needs it; the message says what is here and what there."""
 
 
 def take(
@@ -47,7 +39,7 @@ def take(
     """All tensors of this process by name, and the optimizer's layout. All processes must call it.
 
     Shards stay shards, and tensors are the live ones. What each process has of its own (random states, readers) has its
-    number in the name.
+    number in the name. Of an optimizer, a tensor that is no DTensor is taken to be the same in all processes.
 
     Raises:
         TrainError: the optimizer keeps something that is neither tensor nor number.
@@ -58,11 +50,13 @@ def take(
         for key, value in optimizer.state.get(parameter, {}).items():
             entry = value
             if isinstance(value, Tensor):
-                tensor = _storable(optimizer, name, key, value, parameter)
-                tensors[f"optimizer.{name}.{key}"] = _with_dimension(tensor)
+                tensors[f"optimizer.{name}.{key}"] = _with_dimension(_storable(value, parameter))
                 entry = f"{'tensor' if value.ndim else 'scalar'} {value.device.type}"
             elif value is not None and not isinstance(value, int | float):
-                raise _unsupported(optimizer, name, key, f"as a {type(value).__name__}, which is no tensor or number")
+                raise TrainError(
+                    f"{type(optimizer).__name__} keeps {key} of {name} as a {type(value).__name__}, and only tensors "
+                    "and numbers can be saved: choose another optimizer"
+                )
             layout.setdefault(name, {})[key] = entry
     tensors |= {f"rng.{rank}.{name}": state for name, state in _random_states().items()}
     for reader, position in loader_state.items():
@@ -98,7 +92,7 @@ def targets(
             value, full = entry, f"optimizer.{name}.{key}"
             if isinstance(entry, str):
                 if full not in stored:
-                    raise Mismatch(full, tuple(parameter.shape), None)
+                    raise _mismatch(full, tuple(parameter.shape), None)
                 value = _empty(entry, stored[full], parameter, group_of[parameter])
                 found[full] = _with_dimension(value)
             optimizer.state[parameter][key] = value
@@ -118,9 +112,9 @@ def model_targets(task: nn.Module, stored: Mapping[str, Stored]) -> dict[str, Te
     for name, tensor in found.items():
         there = stored[name].shape if name in stored else None
         if there != tuple(tensor.shape):
-            raise Mismatch(name, tuple(tensor.shape), there)
+            raise _mismatch(name, tuple(tensor.shape), there)
     if more := sorted(name for name in stored if name.startswith("model.") and name not in found):
-        raise Mismatch(more[0], None, stored[more[0]].shape)
+        raise _mismatch(more[0], None, stored[more[0]].shape)
     return found
 
 
@@ -135,24 +129,22 @@ def _model(task: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in task.state_dict().items()}
 
 
+def _mismatch(name: str, here: tuple[int, ...] | None, there: tuple[int, ...] | None) -> Mismatch:
+    here_text, there_text = ("none" if shape is None else f"shape {shape}" for shape in (here, there))
+    return Mismatch(f"{name} has {here_text} here and {there_text} there")
+
+
 def _with_dimension(tensor: Tensor) -> Tensor:
     """A 0-D tensor as [1], of the same memory: Distributed Checkpoint's safetensors layout wants a dimension."""
     return tensor.view(1) if tensor.ndim == 0 else tensor
 
 
-def _storable(optimizer: torch.optim.Optimizer, name: str, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+def _storable(value: Tensor, parameter: nn.Parameter) -> Tensor:
     """A tensor of the optimizer as the checkpoint takes it: a shard like the parameter's, or the same everywhere."""
-    if isinstance(value, DTensor):
-        is_shard = value.shape == parameter.shape and not any(place.is_partial() for place in value.placements)
-        return value if is_shard and value.ndim else value.full_tensor()
-    shard_shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
-    if value.ndim and value.shape == shard_shape != parameter.shape:
-        raise _unsupported(optimizer, name, key, "as a plain tensor of each process, which resuming could not put back")
-    return value
-
-
-def _unsupported(optimizer: torch.optim.Optimizer, name: str, key: str, how: str) -> TrainError:
-    return TrainError(f"{type(optimizer).__name__} keeps {key} of {name} {how}: choose another optimizer")
+    if not isinstance(value, DTensor):
+        return value
+    is_shard = value.ndim > 0 and value.shape == parameter.shape
+    return value if is_shard and not any(place.is_partial() for place in value.placements) else value.full_tensor()
 
 
 def _empty(entry: str, stored: Stored, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
@@ -174,7 +166,7 @@ def _moves(key: str, value: Any) -> bool:
 def _set_groups(optimizer: torch.optim.Optimizer, numbers: list[dict[str, Any]]) -> None:
     here = len(optimizer.param_groups)
     if any(numbers) and len(numbers) != here:
-        raise Mismatch("optimizer.param_groups", (here,), (len(numbers),))
+        raise Mismatch(f"the optimizer has {here} groups of parameters here and {len(numbers)} there")
     for group, entries in zip(optimizer.param_groups, numbers, strict=False):
         group.update(entries)
 
