@@ -29,7 +29,7 @@ class Saver:
     """A model with AdamW's state, as large as its weights say, and a run's checkpointer for it."""
 
     def __init__(self, out: Path, weights: Tensor, asynchronous: bool) -> None:
-        self.model = nn.Sequential(*(nn.Linear(*weights.shape[1:], bias=False) for _ in weights)).to(weights)
+        self.model = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in weights)).to(weights)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
         for parameter, value in zip(self.model.parameters(), weights, strict=True):
             parameter.data.copy_(value)
@@ -56,7 +56,7 @@ class Saver:
 
     def state(self) -> dict[str, Tensor]:
         """The same from memory."""
-        found = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        found = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]
             found |= {f"optimizer.{name}.{key}": moments[key] for key in ("exp_avg", "exp_avg_sq")}

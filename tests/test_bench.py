@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import harness, results, table
+from bench import harness, results, steps, table
 from bench.results import GREEN, Comparison, Target, Timing
+from xray.train.recipes import clip_tiny
 from xray_kernels import _library
 from xray_kernels.tag_loss.spec import SPECS as TAG_LOSS
 from xray_kernels.testing import Inputs, OpSpec, nbytes
@@ -320,6 +321,81 @@ def test_a_peer_that_does_another_thing_is_checked_against_its_own_composition(o
     else:
         with pytest.raises(AssertionError, match="triple: parity red"):
             bench.compare(SPEC, inputs(), (replace(other, ours=True),), "5 x 7", "forward")
+
+
+def test_what_is_timed_can_be_more_than_what_is_checked() -> None:
+    """A whole training step is timed; parity looks at the loss and the gradients, by their names."""
+    runs = {"checked": 0, "timed": 0}
+
+    def peer(factor: float, ours: bool) -> harness.Peer:
+        def checked(x: Tensor) -> dict[str, Tensor]:
+            runs["checked"] += 1
+            return {"loss": x.sum(), "gradient": factor * torch.ones_like(x)}
+
+        def timed(x: Tensor) -> None:
+            runs["timed"] += 1
+
+        return harness.Peer("step", checked, ours=ours, timed=timed)
+
+    spec = replace(SPEC, composition=lambda x: {"loss": x.sum(), "gradient": torch.ones_like(x)})
+    found: list[Comparison] = []
+    bench_of(found).compare(spec, inputs(), (peer(1.0, False),), "5 x 7", harness.STEP, samples=5)
+    assert runs == {"checked": 1, "timed": 1 + 1 + 3}
+    assert (found[0].direction, found[0].samples) == ("training step", 5)
+    with pytest.raises(AssertionError, match="step: parity red, gradient: error"):
+        bench_of([]).compare(spec, inputs(), (peer(1.1, True),), "5 x 7", harness.STEP)
+    assert runs["timed"] == 5
+
+
+def test_a_target_can_be_wanted_of_another_than_the_default() -> None:
+    faster = Timing("xray keep 0.7", GREEN, [0.001, 0.001, 0.001], ours=True, memory=3 * 2**30)
+    c = comparison(targets=[Target("plain", 3.0, "xray keep 0.7"), Target("plain", 3.0, "absent")], samples=8)
+    c = replace(c, peers=[*c.peers, faster])
+    assert [results.reached(c, target) for target in c.targets] == [4.0, None]
+    text = table.terminal([c])
+    assert "3x plain by xray keep 0.7: 4.00x, hit" in text
+    assert "3x plain by absent: not measured" in text
+    line = next(line for line in text.splitlines() if line.startswith("xray keep 0.7"))
+    assert line.endswith("8000.0 samples/s, 3.0 GiB")
+
+
+def test_others_have_their_turns_between_the_steps_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a step and after the next by turns, with that step's batch; nobody's clock runs while another works."""
+    events: list[str] = []
+    now = [0]
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work(seconds: int, event: str = "") -> None:
+        now[0] += seconds
+        events.extend([event] if event else [])
+
+    def batches() -> Iterator[int]:
+        for batch in range(4):
+            work(100)
+            yield batch
+
+    def prepared(batch: int) -> Callable[[], None]:
+        work(1000)
+        return lambda: work(2, f"bare {batch}")
+
+    turns = steps.TurnsWithTheLoop(batches(), {"bare": prepared})
+    for batch in turns:
+        work(1, f"loop {batch}")
+    turns.end_step()
+    assert events == ["bare 0", "loop 0", "loop 1", "bare 1", "bare 2", "loop 2", "loop 3", "bare 3"]
+    assert turns.samples == {"loop": [1] * 4, "bare": [2] * 4}
+
+
+def test_their_weights_and_gradients_are_ours_under_other_names() -> None:
+    """Every parameter has its counterpart, and none is mistaken for another."""
+    task = steps.clip_task(replace(clip_tiny(), num_frames=1), 64)
+    ours = {name: torch.randn_like(tensor) for name, tensor in task.model.state_dict().items()}
+    back = steps._as_ours(steps._as_theirs(ours))
+    sums = ("vision.time_embed", "vision.patch_embed.proj.bias")  # both move all positions at once
+    assert back.keys() == ours.keys()
+    for name, tensor in ours.items():
+        expected = ours["vision.pos_embed"][0].sum(0).expand_as(tensor) if name in sums else tensor
+        torch.testing.assert_close(back[name], expected, msg=name)
 
 
 RED = "parity red, grad_x: error 1 over the bound 0.1"
