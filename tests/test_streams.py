@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import multiprocessing
@@ -191,6 +192,7 @@ def test_webdataset_reads_our_shards_and_we_read_its_own(sets: tuple[Path, Path]
         writer.write({"__key__": "3", "json": {"caption": "no media"}})
         writer.write({"__key__": "4" * 120, "mp4": clip, "json": {"caption": None}, "txt": "a clip"})
         writer.write({"__key__": "5", "jpg": jpg, "json": {"split": "test"}})
+        writer.write({"__key__": "__notes__/5", "jpg": jpg})
         writer.write({"__key__": "6", "jpg": jpg, "json": b"[1]", "txt": b"\xff"})
         writer.write({"__key__": "7", "jpg": jpg, "json": b'{"caption": "half \\ud83d", "media": 3, "tags": [true]}'})
     stream = data.Stream(str(tmp_path), shuffle_buffer=1)
@@ -415,6 +417,8 @@ def test_a_corrupt_picture_is_replaced_by_the_next_of_the_stream(sets: tuple[Pat
         file.seek(row["offset"])
         file.write(b"\0" * 20)
     stream, sound = (data.Stream(str(path), shuffle_buffer=5) for path in (root, sets[0]))
+    notes = [note for batch in islice(data.stream_loader(stream, 8, AUGMENT), 10) for note in batch.skipped]
+    assert 1 <= len(notes) <= 3  # 80 draws of 40 pictures
     made = [id for batch in run(stream, 10) for id in batch.ids]
     assert data.skipped() == {row["id"]: "the file is no image or video of a known format"}
     undamaged = [id for batch in run(sound, 15) for id in batch.ids]
@@ -492,14 +496,15 @@ def test_a_source_without_the_kind_weighs_nothing(sets: tuple[Path, Path], tmp_p
 
 
 def test_a_worker_that_dies_is_named_and_none_is_left(sets: tuple[Path, Path]) -> None:
-    made = data.stream_loader(mixed(sets), 8, AUGMENT, num_workers=2)
-    next(made)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    assert workers[0].pid is not None
-    os.kill(workers[0].pid, signal.SIGKILL)
-    with pytest.raises(data.DataError, match=rf"died .*pid.*{workers[0].pid}"):
-        list(islice(made, 20))
+    def die(sample: data.Sample, generator: torch.Generator | None) -> torch.Tensor:
+        info = torch.utils.data.get_worker_info()
+        if info is not None and info.id == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return AUGMENT(sample, generator)
+
+    with pytest.raises(data.DataError, match=r"a process that reads the stream died \(.*pid"):
+        next(data.stream_loader(mixed(sets), 8, die, num_workers=2))
+    gc.collect()  # the traceback holds the loader
     assert not multiprocessing.active_children()
     made = data.stream_loader(mixed(sets), 8, AUGMENT, num_workers=2)
     next(made)
@@ -602,3 +607,14 @@ def test_a_state_is_small_and_holds_no_media(sets: tuple[Path, Path]) -> None:
     few, many = (len(run(mixed(sets, shuffle_buffer=size), 1)[0].state[0]) for size in (10, 510))
     assert many - few < 500 * 14 + 100
     assert few < 1000
+
+
+def test_an_animation_is_a_clip_where_its_json_says_so(tmp_path: Path) -> None:
+    frames = [picture(number) for number in range(4)]
+    gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    for media in ("clip", "image"):
+        with webdataset.TarWriter(str(tmp_path / f"{media}.tar")) as writer:
+            writer.write({"__key__": media, "gif": gif, **({"json": {"media": "clip"}} if media == "clip" else {})})
+    reader = Reader(data.Stream(str(tmp_path), shuffle_buffer=1), 0)
+    assert reader.sample("clip").image.shape == (4, 24, 24, 3)
+    assert reader.sample("image").image.shape == (24, 24, 3)

@@ -163,7 +163,11 @@ def groups(file: ShardFile, extensions: Container[str]) -> Iterator[Group]:
                 yield group
                 group = None
             group = group or Group(key, member.offset)
-            group.members[extension] = _read_member(file, member) if extension in extensions else b""
+            if extension in extensions:
+                file.seek(member.offset_data)
+                group.members[extension] = file.read(member.size)  # if it is cut off, the next header is missed
+            else:
+                group.members[extension] = b""
         file.seek(tar.offset)
         member = _parsed(tar.next)
     if file.last != bytes(tarfile.BLOCKSIZE):  # tarfile takes damage for the end
@@ -180,14 +184,6 @@ def _parsed(parse: Callable[[], T]) -> T:
         raise
     except Exception as error:  # hostile headers make tarfile raise more than its own errors
         raise ShardError(f"it is no tar archive, cut off or damaged: {_in_words(error)}") from error
-
-
-def _read_member(file: ShardFile, member: tarfile.TarInfo) -> bytes:
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    if len(data) < member.size:
-        raise ShardError(f"it is cut off at byte {file.tell()}")
-    return data
 
 
 def _read_ahead(url: str, start: int, blocks: queue.Queue[bytes | Exception], closed: threading.Event) -> None:
