@@ -114,6 +114,10 @@ def test_a_run_that_ends_within_its_warmup_has_the_shapes_up_to_there() -> None:
     assert sum(shape.steps for shape in part) == 50
 
 
+def test_mae_drops_no_tokens() -> None:
+    assert schedule.shapes(recipe_of("mae_tiny", keep_rate=0.5, keep_rate_warmup=9)) == [(32, 1.0, 0, 100)]
+
+
 # Few shapes
 
 
