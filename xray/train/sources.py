@@ -12,6 +12,7 @@ from xray.train.distributed import World
 from xray.train.errors import TrainError
 from xray.train.recipes import Recipe
 
+MOST_PIXELS = 512  # on the longer side of what a stream decodes, unless a crop needs more
 MOST_FRAMES = 16  # decoded of a clip of a stream, of which `num_frames` are drawn
 MOST_TEXTS = 1_000_000  # read of a stream, to learn its tags or a tokenizer
 
@@ -110,6 +111,7 @@ class Streamed:
             media="image" if recipe.task == "mae" else None,
             min_tags=1 if recipe.task == "tags" else 0,
             read_timeout=recipe.read_timeout,
+            max_side=max(MOST_PIXELS, 2 * recipe.image_size),
             max_frames=max(MOST_FRAMES, recipe.num_frames),
         )
 
@@ -131,7 +133,8 @@ class Streamed:
         )
 
     def __str__(self) -> str:
-        return f"{self.stream.num_shards} shards by {self.stream.readers} readers"
+        shards, readers = self.stream.num_shards, self.stream.readers
+        return f"{shards} shard{'s' * (shards > 1)} by {readers} reader{'s' * (readers > 1)}"
 
 
 def _generated(recipe: Recipe, out: Path, place: World) -> Path:
