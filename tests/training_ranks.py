@@ -26,6 +26,11 @@ from xray.train.recipes import RECIPES, Recipe
 STEPS, BATCH = 50, 16
 STAGES = {"mae": "", "tags": "mae", "clip": "tags", "ring": "tags"}
 """Runs, and the run that each starts from; "ring" is clip with the other exchange."""
+WAYS = {"2 ranks": (2, 0), "4 ranks": (4, 0), "2 by 2 ranks": (4, 2)}
+"""Processes and shard sizes of the runs over several processes."""
+RUNS = [(way, stage) for way in WAYS for stage in STAGES if stage != "ring" or way == "4 ranks"]
+SHARD_SIZES = {2: (0, 1), 4: (0, 2)}
+"""Shard sizes of single steps, by the number of processes."""
 TAG_ROWS = [["red"], [], [], ["blue", "ring"], ["red", "blue"], [], ["green"], ["ring"]]
 Found = dict[str, Any]
 
@@ -39,6 +44,7 @@ def recipe_of(stage: str, folder: Path, **changes: Any) -> Recipe:
         "steps": STEPS,
         "batch_size": BATCH,
         "precision": "float32",
+        "peak_tflops": 0.1,
         "checkpoint_every": 0,
         "tensorboard": False,
         "progress": False,
@@ -174,22 +180,21 @@ def compute(rank: int, size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     out = Path(folder)
     if size == 1:
-        for stage in STAGES:
+        for stage in ("mae", "tags", "clip"):
             train.run(recipe_of(stage, out, out=str(out / "alone" / stage)))
         torch.save({"steps 0": compute_steps(World(0, 1, torch.device("cpu")))}, out / "0 of 1.pt")
         return
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     found: Found = {}
-    ways = {f"{size} ranks": 0} | ({"2 by 2 ranks": 2} if size == 4 else {})
     with distributed.world() as place:
         # All runs share one process group: PyTorch caches device meshes, and with them groups that have ended.
         distributed.world = lambda: nullcontext(place)  # type: ignore[assignment, return-value]
-        for way, shard_size in ways.items():
-            for stage in STAGES:
-                train.run(recipe_of(stage, out, out=str(out / way / stage), shard_size=shard_size))
+        for way, stage in RUNS:
+            if WAYS[way][0] == size:
+                train.run(recipe_of(stage, out, out=str(out / way / stage), shard_size=WAYS[way][1]))
         found["refusals"] = compute_refusals(rank, size, out)
-        for shard_size in (0, 1, 2):
+        for shard_size in SHARD_SIZES[size]:
             found[f"steps {shard_size}"] = compute_steps(place, shard_size)
         if size == 4:
             found["assigned"] = compute_assigned(place)
