@@ -28,7 +28,7 @@ lint: setup
 # On a machine with a CUDA device and its own PyTorch, without network: build, parity, benchmarks, within 10 minutes; and a
 # copy of the result files in the folder OUT when that is set. A failed test does not stop the benchmarks, which check too.
 gpu:
-	XRAY_CUDA=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . && { timeout -s INT 180 $(PYTHON) -m pytest -q tests/test_gpu.py; tests=$$?; timeout -s INT 330 $(PYTHON) -m pytest bench/bench_attention.py bench/bench_contrastive_loss.py bench/bench_token_reorganize.py bench/bench_encoder.py --benchmark; status=$$?; if [ -n "$$OUT" ]; then cp -r bench/results/cuda-* "$$OUT"; fi; exit $$((tests + status)); }
+	XRAY_CUDA=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . && { timeout -s INT 180 $(PYTHON) -m pytest -q tests/test_gpu.py; tests=$$?; timeout -s INT 330 $(PYTHON) -m pytest bench/bench_attention.py bench/bench_contrastive_loss.py bench/bench_token_reorganize.py bench/bench_encoder.py bench/bench_training.py --benchmark; status=$$?; if [ -n "$$OUT" ]; then cp -r bench/results/cuda-* "$$OUT"; fi; exit $$((tests + status)); }
 
 clean:
 	rm -rf .venv build *.egg-info xray_kernels/*.so .pytest_cache .mypy_cache .ruff_cache runs

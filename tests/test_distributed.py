@@ -111,6 +111,16 @@ def test_runs_agree_with_one_process(folder: Path, way: str, stage: str) -> None
         torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.usefixtures("found")
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_is_not_finite_on_one_process_is_skipped_by_all(folder: Path, size: int) -> None:
+    found = lines(folder / f"skipped {size}")
+    assert [line["skipped"] for line in found] == [False, True, False]
+    assert (found[1]["loss"], found[2]["skipped_total"]) == (None, 1)
+    weights = load_file(folder / f"skipped {size}" / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
 @pytest.mark.parametrize("name", STEPS_OF_A_TASK)
 @pytest.mark.parametrize(("size", "shard_size"), [(n, shards) for n, sizes in SHARD_SIZES.items() for shards in sizes])
 def test_a_step_agrees_with_one_process(found: dict[int, list[Found]], size: int, shard_size: int, name: str) -> None:

@@ -6,7 +6,7 @@ They are forked from one that has imported PyTorch, and meet at a store that the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +146,21 @@ class _Silence(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def compute_skipped(rank: int, size: int, folder: Path) -> None:
+    """A run whose second batch holds a pixel that is not a number, on the last process only."""
+    usual = data.loader
+
+    def poisoned(*arguments: Any, **settings: Any) -> Iterator[data.Batch]:
+        for step, batch in enumerate(usual(*arguments, **settings), start=1):
+            if step == 2 and rank == size - 1:
+                batch.pixels[0, 0, 0, 0] = torch.nan
+            yield batch
+
+    data.loader = poisoned
+    train.run(recipe_of("mae", folder, out=str(folder / f"skipped {size}"), steps=3))
+    data.loader = usual
+
+
 def message(function: Callable[[], Any]) -> str:
     try:
         function()
@@ -193,6 +208,7 @@ def compute(rank: int, size: int, port: int, folder: str) -> None:
         for way, stage in RUNS:
             if WAYS[way][0] == size:
                 train.run(recipe_of(stage, out, out=str(out / way / stage), shard_size=WAYS[way][1]))
+        compute_skipped(rank, size, out)
         found["refusals"] = compute_refusals(rank, size, out)
         for shard_size in SHARD_SIZES[size]:
             found[f"steps {shard_size}"] = compute_steps(place, shard_size)
