@@ -440,6 +440,19 @@ def test_two_processes_compute_what_one_does(shapes: Path, tmp_path: Path) -> No
     assert lines(tmp_path / "two")[-1]["loss"] == pytest.approx(first_losses[-1], abs=1e-4)
 
 
+def test_torchrun_hands_a_stop_signal_on(shapes: Path, tmp_path: Path) -> None:
+    words = f"mae_tiny out={tmp_path / 'run'} data={shapes} steps=100000 checkpoint_every=0 batch_size=16 peak_tflops=1"
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "xray.train")
+    process = start([*words.split(), "progress=false", "tensorboard=false"], tmp_path, launcher)
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    done = len(lines(tmp_path / "run"))
+    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == [f"step-{done}"]
+    assert f"stopped after step {done} of 100000, the state is saved" in errors
+    assert "torchrun --nproc-per-node=2 -m xray.train mae_tiny out=" in errors
+
+
 # Compilation is too slow to test here; recomputation must change nothing.
 
 
