@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/xray demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=12
 
 # Training killed 24 times at random moments; a small version is among the tests.
 chaos: setup

@@ -29,7 +29,7 @@ def test_python_code_runs_and_keeps_its_promise() -> None:
 
 
 def test_recipes_of_the_commands_exist() -> None:
-    words = [shlex.split(line, comments=True) for line in "".join(blocks("sh")).splitlines()]
+    words = [shlex.split(line, comments=True) for line in "".join(blocks("sh")).replace("\\\n", " ").splitlines()]
     recipes = {line[line.index("train") + 1] for line in words if "train" in line}
     assert {name for name in recipes if not name.startswith("-")} <= set(RECIPES)
     assert len(recipes) > 3

@@ -126,8 +126,8 @@ class _Run:
                 if stop:
                     checkpointer.wait()
                     raise self._stopped(done, request)
-            export.final_model(self.task, recipe, self.artifacts, place, self.out / "model.safetensors")
             checkpointer.wait()
+        export.final_model(self.task, recipe, self.artifacts, place, self.out / "model.safetensors")
         return self.out
 
     def _timed_step(self, done: int, batches: Iterator[data.Batch], request: list[int]) -> tuple[dict[str, Any], bool]:
