@@ -109,7 +109,7 @@ def test_step(size: Size, captions: str, bench: Bench) -> None:
     inputs: Inputs = dict(
         steps.pairs(size.recipe, size.vocab_size, size.batch, DEVICE, tokens=0 if full else size.caption)
     )
-    peers = peers_of(size, with_compiled=full)
+    peers = peers_of(size, with_compiled=full and size.recipe.model == SIZES[0].recipe.model)
     longest = int(inputs["lengths"].max())
 
     weights = nbytes(*steps.clip_task(size.recipe, size.vocab_size).parameters())
