@@ -64,10 +64,9 @@ class _Run:
             checkpoint.check_recipe(resumed, state, recipe)
         init = prepare.model_file(recipe.init) if recipe.init and state is None else None
         self.start = 0 if state is None else state.step
-        began_with = recipe.readers if state is None else recipe.readers or int(state.recipe.get("readers", 0))
-        self.recipe = recipe = replace(
-            recipe, readers=sources.num_readers(replace(recipe, readers=began_with), place.size)
-        )
+        if state is not None and not recipe.readers:
+            recipe = replace(recipe, readers=int(state.recipe.get("readers", 0)))
+        self.recipe = recipe = replace(recipe, readers=sources.num_readers(recipe, place.size))
         place.first_does(lambda: prepare.open_folder(self.out, recipe, self.start, resumed))
 
         self.source = sources.open_source(recipe, self.out, place)

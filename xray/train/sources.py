@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from xray import data
 from xray.train import schedule
@@ -78,19 +78,8 @@ class Indexed:
             yield from zip(dataset.column("caption"), dataset.column("tags"), strict=True)
 
     def batches(self, start_step: int, state: Mapping[int, bytes]) -> Iterator[data.Batch]:
-        recipe, place = self.recipe, self.place
-        return data.loader(
-            self.datasets,
-            batch_size=recipe.batch_size // place.size,
-            transform=train_transform(recipe),
-            weights=recipe.data_weights or None,
-            seed=recipe.seed,
-            start_step=start_step,
-            num_workers=recipe.num_workers,
-            rank=place.rank,
-            world_size=place.size,
-            clip_fraction=recipe.clip_fraction,
-        )
+        settings = _loader_settings(self.recipe, self.place, start_step)
+        return data.loader(self.datasets, weights=self.recipe.data_weights or None, seed=self.recipe.seed, **settings)
 
     def __str__(self) -> str:
         media = Counter(kind for dataset in self.datasets for kind in dataset.column("media"))
@@ -119,22 +108,24 @@ class Streamed:
         yield from self.stream.texts(MOST_TEXTS)
 
     def batches(self, start_step: int, state: Mapping[int, bytes]) -> Iterator[data.Batch]:
-        recipe, place = self.recipe, self.place
-        return data.stream_loader(
-            self.stream,
-            batch_size=recipe.batch_size // place.size,
-            transform=train_transform(recipe),
-            start_step=start_step,
-            state=state,
-            num_workers=recipe.num_workers,
-            rank=place.rank,
-            world_size=place.size,
-            clip_fraction=recipe.clip_fraction,
-        )
+        return data.stream_loader(self.stream, state=state, **_loader_settings(self.recipe, self.place, start_step))
 
     def __str__(self) -> str:
         shards, readers = self.stream.num_shards, self.stream.readers
         return f"{shards} shard{'s' * (shards > 1)} by {readers} reader{'s' * (readers > 1)}"
+
+
+def _loader_settings(recipe: Recipe, place: World, start_step: int) -> dict[str, Any]:
+    """What both kinds of loader are told."""
+    return {
+        "batch_size": recipe.batch_size // place.size,
+        "transform": train_transform(recipe),
+        "start_step": start_step,
+        "num_workers": recipe.num_workers,
+        "rank": place.rank,
+        "world_size": place.size,
+        "clip_fraction": recipe.clip_fraction,
+    }
 
 
 def _generated(recipe: Recipe, out: Path, place: World) -> Path:
