@@ -21,7 +21,8 @@ ALLOWED = {
     "xray.data": set(),
     "xray.train": {"xray.models", "xray.data", "xray.ops"},
     "xray.evaluate": {"xray.models", "xray.data", "xray.ops"},
-    "xray.demo": {"xray.models", "xray.data", "xray.ops", "xray.train", "xray.evaluate"},
+    "xray.curate": {"xray.data", "xray.models"},
+    "xray.demo": {"xray.models", "xray.data", "xray.ops", "xray.train", "xray.evaluate", "xray.curate"},
     "xray.cli": {
         "xray.models",
         "xray.data",
@@ -29,6 +30,7 @@ ALLOWED = {
         "xray.train",
         "xray.evaluate",
         "xray.demo",
+        "xray.curate",
         "xray_kernels",
     },
 }

@@ -1,0 +1,10 @@
+"""Curation on Daft: from dirty image-text pairs and tagged clips to balanced shards, on one machine or on a
+Ray cluster.
+"""
+
+from xray.curate import engine  # first: it decides how Daft is imported
+from xray.curate.ledger import explain
+from xray.curate.pipeline import STEPS, Curated, curate
+from xray.curate.settings import Settings
+
+__all__ = ["STEPS", "Curated", "Settings", "curate", "engine", "explain"]
