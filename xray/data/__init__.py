@@ -9,7 +9,6 @@ from xray.data import transforms
 from xray.data.batches import Batch, loader, sequential, skipped
 from xray.data.dataset import Dataset, Sample
 from xray.data.decoding import decode
-from xray.data.demo_set import prepare_demo
 from xray.data.errors import DataError, DecodeError, SourceUnavailable
 from xray.data.packing import Packed, pack
 from xray.data.shapes import generated
@@ -35,7 +34,6 @@ __all__ = [
     "loader",
     "pack",
     "parse_sources",
-    "prepare_demo",
     "sequential",
     "skipped",
     "stream_loader",
