@@ -116,8 +116,8 @@ def test_a_clip_in_which_nothing_moves_is_an_image(tmp_path: Path) -> None:
     still, noise = np.asarray(picture(1, 64)).astype(int), np.random.default_rng(0)
     noisy = [np.clip(still + noise.integers(-2, 3, still.shape), 0, 255) for _ in range(4)]
     dot = [still.copy() for _ in range(4)]
-    for number, frame in enumerate(dot):
-        frame[8 * number : 8 * number + 6, 30:36] = 255  # under one hundredth of the picture moves
+    for number, shown in enumerate(dot):
+        shown[8 * number : 8 * number + 6, 30:36] = 255  # under one hundredth of the picture moves
     clips = {
         "equal": [still, still + (still < 255), still, still],
         "noisy": noisy,
@@ -125,7 +125,7 @@ def test_a_clip_in_which_nothing_moves_is_an_image(tmp_path: Path) -> None:
         "late": [*noisy[:3], 255 - still],
     }
     for name, frames in clips.items():
-        images = [Image.fromarray(frame.astype(np.uint8)) for frame in frames]
+        images = [Image.fromarray(shown.astype(np.uint8)) for shown in frames]
         (tmp_path / name).write_bytes(animation(images, "WEBP", lossless=True))
     rows = [{"id": name, "url": str(tmp_path / name), "media": "clip"} for name in clips]
     frame, context = after_read(tmp_path, rows, **{**FAST, "max_side": 64})
@@ -142,8 +142,8 @@ def test_a_clip_in_which_nothing_moves_is_an_image(tmp_path: Path) -> None:
 def test_bytes_of_a_table_and_of_a_shard(tmp_path: Path) -> None:
     pictures = [encoded(picture(number), "PNG") for number in range(3)]
     (tmp_path / "shard").write_bytes(b"x" * 100 + pictures[1] + b"y" * 100)
-    inside = {"url": str(tmp_path / "shard"), "offset": 100, "size": len(pictures[1]), "bytes": None}
-    rows = [
+    inside: dict[str, Any] = {"url": str(tmp_path / "shard"), "offset": 100, "size": len(pictures[1]), "bytes": None}
+    rows: list[dict[str, Any]] = [
         {"id": "table", "bytes": pictures[0]},
         {"id": "shard", **inside},
         {"id": "past", **inside, "offset": 300},
