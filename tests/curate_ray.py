@@ -1,4 +1,4 @@
-"""Curate on a Ray cluster of two workers, made on this machine for the purpose: `python curate_ray.py SOURCE OUT [key=value]`."""
+"""Curation on a Ray cluster of two workers on this machine: `python curate_ray.py SOURCE OUT [key=value]`."""
 
 import sys
 
@@ -14,7 +14,7 @@ if __name__ == "__main__":
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
-    status = cli.main(["curate", *sys.argv[1:], "engine=ray", "progress=false"])
+    status = cli.main(["curate", *sys.argv[1:], "engine=ray"])
     ray.shutdown()
     cluster.shutdown()
     sys.exit(status)

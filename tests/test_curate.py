@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +15,7 @@ from limits import small_files
 from xray.curate import engine, pipeline
 from xray.curate.frame import drop, keeping
 from xray.curate.settings import Settings
-from xray.curate.step import Context, Step, load
+from xray.curate.step import Context, Step
 from xray.data.errors import DataError
 
 QUIET = Settings(progress=False)
@@ -35,8 +28,8 @@ def begin(frame: DataFrame | None, context: Context) -> DataFrame:
 
 def no_dogs(frame: DataFrame | None, context: Context) -> DataFrame:
     assert frame is not None
-    context.facts["dogs"] = frame.where(col("caption") == "dog").count_rows()
-    return drop(keeping(frame), col("caption") == "dog", "no dogs", col("id"))
+    context.facts["dogs"] = frame.where(col("caption").is_in(["dog"])).count_rows()
+    return drop(keeping(frame), col("caption").is_in(["dog"]), "no dogs", col("id"))
 
 
 def finish(frame: DataFrame | None, context: Context) -> DataFrame:
@@ -48,7 +41,7 @@ def finish(frame: DataFrame | None, context: Context) -> DataFrame:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Three small steps in place of the real ones; lists the runs of each."""
     runs: list[str] = []
 
@@ -67,7 +60,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(pipeline, "STEPS", made)
     monkeypatch.setattr(pipeline.ledger, "write", lambda path, folders: path.write_text("ledger"))
     monkeypatch.setattr(pipeline.card, "write", lambda path, *rest: path.write_text("card"))
-    yield runs
+    return runs
 
 
 def test_only_what_has_changed_is_computed_again(steps: list[str], tmp_path: Path) -> None:
@@ -160,7 +153,7 @@ def test_nothing_left_is_an_error_that_says_why(
 ) -> None:
     def all_go(frame: DataFrame | None, context: Context) -> DataFrame:
         assert frame is not None
-        return drop(keeping(frame), col("id") != "", "all go")
+        return drop(keeping(frame), col("id").not_null(), "all go")
 
     monkeypatch.setattr(pipeline, "STEPS", (pipeline.STEPS[0], Step("dogs", all_go), pipeline.STEPS[2]))
     with pytest.raises(DataError, match=r"nothing of a is left after dogs; dropped: 4 all go"):
