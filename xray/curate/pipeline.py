@@ -52,6 +52,8 @@ from xray.data.shards import INDEX, LEDGER, folder_errors
 
 RUN = "run.json"
 CARD = "card.html"
+# ENOSPC, EDQUOT and EFBIG as Rust words them
+FULL_DISK = ("os error 28", "os error 122", "os error 27", "No space left")
 STEPS: tuple[Step, ...] = (
     read.STEP,
     media.STEP,
@@ -259,7 +261,7 @@ def _engine_errors(out: Path) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        if any(sign in str(error) for sign in ("No space left", "os error 28", "os error 122")):
+        if any(sign in str(error) for sign in FULL_DISK):
             raise DataError(f"no space is left to write {out}; free some or name another folder") from error
         raise
 
