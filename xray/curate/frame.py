@@ -21,6 +21,7 @@ COLUMNS: dict[str, DataType] = {
     "url": TEXT,  # of its file, or of the shard that holds it; "" where the table holds no media
     "offset": DataType.int64(),  # of its bytes in the shard; null: the whole file
     "size": DataType.int64(),
+    "strip": NUMBER,  # frames that stand one below the other in its image, as this package stores clips; null: none
     "media": TEXT,  # "image", "clip", "" if unknown until it is decoded
     "caption": TEXT,  # never null; may be ""
     "alternatives": TEXTS,  # other texts that may stand in for a caption that says nothing: words of the file's name
