@@ -16,6 +16,7 @@ import pytest
 from media_files import encoded, picture
 
 from xray import data
+from xray.curate.demo_set import prepare_demo
 from xray.data import archives, emoji, openclipart, sources
 from xray.data.folder import read_folder
 
@@ -281,14 +282,15 @@ def test_unknown_sources_and_unwritable_caches(registry: Registry, tmp_path: Pat
 
 
 def demo_set(registry: Registry, out: Path) -> data.Dataset:
-    assert data.prepare_demo(out, registry.cache, max_side=24, max_frames=3, progress=False) == out
+    made = prepare_demo(out, registry.cache, max_side=24, max_frames=3, progress=False)
+    assert made.folder == out
     return data.Dataset(out, None)
 
 
 def test_the_demo_takes_what_can_be_reached(
     registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xray.data.demo_set.GENERATED_FOR_ONE", 30)
+    monkeypatch.setattr("xray.curate.demo_set.GENERATED_FOR_ONE", 30)
     everything = demo_set(registry, tmp_path / "all")
     assert Counter(everything.column("source")) == {"openclipart": 3, "fluent-emoji-anim": 4}
     assert "going on without" not in capsys.readouterr().err
@@ -296,7 +298,7 @@ def test_the_demo_takes_what_can_be_reached(
     demo_set(registry, tmp_path / "all")
     assert registry.calls() == []
     with pytest.raises(data.DataError, match="holds another dataset"):
-        data.prepare_demo(tmp_path / "all", registry.cache, max_side=32, max_frames=3)
+        prepare_demo(tmp_path / "all", registry.cache, max_side=32, max_frames=3)
 
     (registry.root / "bin" / "npm").unlink()
     (registry.cache / "downloads" / "emojibase-data-17.0.0.tgz").unlink()
@@ -310,7 +312,7 @@ def test_the_demo_takes_what_can_be_reached(
 def test_the_demo_falls_back_to_generated_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xray.data.demo_set.GENERATED_FOR_ONE", 30)
+    monkeypatch.setattr("xray.curate.demo_set.GENERATED_FOR_ONE", 30)
     everything = demo_set(Registry(tmp_path, monkeypatch, ()), tmp_path / "out")
     assert set(everything.column("source")) == {"generated"}
     assert set(everything.column("media")) == {"image", "clip"}

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 INDEX = "index.parquet"
 LEDGER = "ledger.parquet"
+COPIED = "copied"  # the ledger's reason for a sample that is written more than once
 SHARD_BYTES = 256 * 2**20
 LOSSLESS_SIDE = 128  # up to this side PNG is small and fast to decode; above, JPEG of quality 95
 WEBP_SIDE = 16_383  # the format's limits
