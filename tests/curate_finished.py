@@ -39,7 +39,7 @@ def picture(row: Row) -> Row:
     number, frames = int(row["id"]), 3 if row["media"] == "clip" else 1
     if number == 11:
         return {"data": None, "extension": None, "width": None, "height": None, "frames": None}
-    pixels = np.full((frames, 30, 40, 3), 20 * number, np.uint8)
+    pixels = np.full((frames, 30, 40, 3), 8 * number, np.uint8)
     data, extension = encode(pixels, row["media"])
     return {"data": data, "extension": extension, "width": 40, "height": 30, "frames": frames, "pixels": row["id"]}
 
