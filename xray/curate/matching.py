@@ -98,8 +98,10 @@ class Matcher:
     """
 
     def __init__(self, path: str) -> None:
-        entries = pq.read_table(path, columns=["entry"])["entry"].to_pylist()
-        self.automaton = ahocorasick_rs.BytesAhoCorasick([f" {entry} ".encode() for entry in entries])
+        entries = pq.read_table(path, columns=["entry"])["entry"].combine_chunks()
+        self.automaton = ahocorasick_rs.BytesAhoCorasick(
+            [text.encode() for text in metadata.spaced(entries).to_pylist()]
+        )
 
     @daft.method.batch(return_dtype=MATCHED["entries"])
     def __call__(self, captions: Series) -> pa.Array:

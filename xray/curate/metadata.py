@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from unicodedata import normalize
 
 import daft
 import numpy as np
@@ -43,7 +44,7 @@ WORD = rf"\p{{L}}.|.\p{{L}}|[{UNSPACED}]"  # letters, and more than one unless a
 
 
 def words(texts: pa.Array) -> pa.ListArray:
-    """The words of each text: NFKC, lower case; each punctuation mark or symbol is a word of its own.
+    """The words of each text: lower case, NFKD; each punctuation mark or symbol is a word of its own.
 
     So is each character of the scripts that put no spaces between words. An entry in such a script is thus found at
     any character, and one in any other script only between the boundaries of words.
@@ -51,7 +52,8 @@ def words(texts: pa.Array) -> pa.ListArray:
     Returns:
         list of strings; an empty text has no word.
     """
-    plain = pc.replace_substring_regex(pc.utf8_normalize(texts.cast(pa.large_string()), "NFKC"), INVISIBLE, "")
+    # pyarrow 25 does not compose: its "NFKC" is this too
+    plain = pc.replace_substring_regex(pc.utf8_normalize(texts.cast(pa.large_string()), "NFKD"), INVISIBLE, "")
     parted = pc.replace_substring_regex(pc.utf8_lower(plain), ALONE, r" \1 ")
     split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(parted))
     lengths = np.diff(split.offsets.to_numpy())
@@ -69,8 +71,8 @@ def spaced(texts: pa.Array) -> pa.Array:
 
 
 def normal(texts: Iterable[str]) -> list[str]:
-    """Entries as they are compared: their words with single spaces between them; "" of one without any."""
-    return [text.strip(" ") for text in spaced(pa.array(texts, pa.large_string())).to_pylist()]
+    """Entries of texts: their words with single spaces between them, as people read them (NFC); "" of one without."""
+    return [normalize("NFC", text.strip(" ")) for text in spaced(pa.array(texts, pa.large_string())).to_pylist()]
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,12 @@ def of_corpus(frame: DataFrame, context: Context) -> Metadata:
     least = max(FEWEST, math.ceil(SHARE * number))
     lexicon = Lexicon.open(context.settings.wordnet, context.settings.progress)
     vocabulary = _frequent_words(captions, least)
+    pairs = _frequent_pairs(captions, vocabulary, max(FEWEST_PAIRS, least), context.folder)
     found: dict[str, Iterable[str]] = {
         "wordnet": normal(lexicon.lemmas()) if lexicon else (),
         "tag": normal(_frequent_tags(frame, least)),
-        "word": vocabulary,
-        "pair": _frequent_pairs(captions, vocabulary, max(FEWEST_PAIRS, least), context.folder),
+        "word": normal(vocabulary),
+        "pair": normal(pairs),
     }
     kinds: dict[str, str] = {}
     for kind, entries in found.items():
