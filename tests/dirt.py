@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
@@ -199,7 +200,7 @@ class Found:
         return f"recall {self.recall:.3f}, precision {self.precision:.3f} of {self.count}"
 
 
-def found(wanted: set[str], named: set[str]) -> Found:
+def found(wanted: Set[Any], named: Set[Any]) -> Found:
     """Recall and precision of what was named against what there is; both 1 where there is nothing to say."""
     both = len(wanted & named)
     return Found(both / len(wanted) if wanted else 1.0, both / len(named) if named else 1.0, len(wanted))
