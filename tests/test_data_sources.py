@@ -231,6 +231,18 @@ def test_a_folder_from_another_download_is_made_anew(registry: Registry) -> None
     assert len(emoji.read_names(fetch("emojibase", registry))) == 1
 
 
+def test_wordnet_is_fetched_with_its_licence(registry: Registry) -> None:
+    shipped = {"wordnet/data.noun": b"cat", "wordnet/noun.exc": b"", "doc/wordnet-base/copyright": b"Princeton"}
+    others = {"doc/wordnet-base/AUTHORS": b"", "wordnet/old/data.noun": b"dog", "man/man5/wndb.5WN.gz": b""}
+    registry.offer(
+        "wordnet-base",
+        "wordnet-base_1%3a3.0-37_all.deb",
+        {f"./usr/share/{name}": body for name, body in {**shipped, **others}.items()},
+    )
+    found = {path.name: path.read_bytes() for path in fetch("wordnet", registry).iterdir() if path.name[0] != "."}
+    assert found == {name.split("/")[-1]: body for name, body in shipped.items()}
+
+
 def test_apt_without_lists_updates_its_own(registry: Registry) -> None:
     (registry.root / "needs lists").write_text("")
     fetch("openclipart", registry)

@@ -14,7 +14,7 @@ from xray.data.packing import Packed, pack
 from xray.data.shapes import generated
 from xray.data.sources import SOURCES, default_cache, fetch
 from xray.data.streams import Stream, parse_sources, stream_loader
-from xray.data.tokenizer import Tokenizer
+from xray.data.tokenizer import Tokenizer, with_tags
 
 __all__ = [
     "SOURCES",
@@ -38,4 +38,5 @@ __all__ = [
     "skipped",
     "stream_loader",
     "transforms",
+    "with_tags",
 ]
