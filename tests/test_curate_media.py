@@ -22,7 +22,7 @@ from PIL import Image
 from xray.curate import files, media
 from xray.data.clean import looks
 from xray.data.errors import DataError
-from xray.data.shards import decode_stored
+from xray.data.shards import decode_stored, encode
 
 FAST: dict[str, Any] = {"num_workers": 0, "max_side": 24}
 
@@ -110,6 +110,24 @@ def test_animations_are_stills_where_the_sample_says_so_and_clips_elsewhere(tmp_
     assert found["v.mp4 image"]["reason"] == "the picture is of one colour"  # each of its frames is
     first = decode_stored(found["a.gif "]["data"], 3)[:1]
     assert np.array_equal(decode_stored(found["a.gif image"]["data"], 1), first)
+
+
+def test_clips_that_this_package_has_stored_are_clips_again(tmp_path: Path) -> None:
+    frames = np.stack([np.asarray(picture(number, 32)) for number in range(8)])
+    stored, _ = encode(frames, "clip")
+    (tmp_path / "strip").write_bytes(stored)
+    kinds = {"as it is": (8, "clip", 32, 8), "smaller": (8, "clip", 16, 4), "still": (8, "image", 32, 8)}
+    for name, (strip, kind, max_side, max_frames) in kinds.items():
+        row = {"id": name, "url": str(tmp_path / "strip"), "strip": strip, "media": kind}
+        found = decoded(tmp_path / name, [row], max_side=max_side, max_frames=max_frames)[name]
+        count = 1 if name == "still" else max_frames
+        assert (found["media"], found["frames"], found["height"]) == ("clip" if count > 1 else "image", count, max_side)
+        if name != "smaller":
+            assert np.array_equal(decode_stored(found["data"], count), frames[:count])
+    row = {"id": "wrong", "url": str(tmp_path / "strip"), "strip": 7, "media": "clip"}
+    found = decoded(tmp_path / "wrong", [row])["wrong"]
+    assert found["reason"] == "the file cannot be decoded"
+    assert found["detail"] == "a strip of 256 rows does not hold 7 frames of equal height"
 
 
 def test_a_clip_in_which_nothing_moves_is_an_image(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from xray.curate.settings import Settings
 from xray.curate.step import SCRATCH, Context, Step
 from xray.data.clean import MEAN_DIFFERENCE, Looks, alike, is_blank, looks
 from xray.data.decoding import decode as decode_file
-from xray.data.decoding import spread
+from xray.data.decoding import shrink, spread
 from xray.data.errors import DataError, DecodeError
-from xray.data.shards import encode
+from xray.data.shards import decode_stored, encode
 
 BATCH = 16  # files that a process takes at a time: fetched together, decoded one after the other
 PARTITION = 4096  # files of a task on a cluster
@@ -94,7 +94,7 @@ def decode(frame: DataFrame | None, context: Context) -> DataFrame:
 
 def _answered(frame: DataFrame, settings: Settings, counters: Path) -> DataFrame:
     """The frame with what the decoding processes found, and reasons."""
-    present = [name for name in ("url", "offset", "size", "media", "bytes") if name in frame.column_names]
+    present = [name for name in ("url", "offset", "size", "strip", "media", "bytes") if name in frame.column_names]
     processes = settings.num_workers
     decoder = daft.cls(use_process=processes != 0, max_concurrency=processes or None)(Decoder)
     answers = decoder(settings, str(counters), present).decode(*(col(name) for name in present))
@@ -132,45 +132,46 @@ class Decoder:
         ]
         fetched = fetch_all(places, self.settings.retries)
         answers = [
-            self._answer(place is not None or data is not None, data or found, media)
-            for place, data, found, media in zip(places, inside, fetched, values["media"], strict=True)
+            self._answer(place is not None or data is not None, data or found, media, strip or 0)
+            for place, data, found, media, strip in zip(
+                places, inside, fetched, values["media"], values["strip"], strict=True
+            )
         ]
         with contextlib.suppress(OSError), open(self.counter, "ab") as file:  # only the progress bar misses it
             file.write(bytes(count))
         return pa.array(answers, ANSWER)
 
-    def _answer(self, present: bool, data: bytes | str, media: str) -> dict[str, Any]:
+    def _answer(self, present: bool, data: bytes | str, media: str, strip: int) -> dict[str, Any]:
         if not present:
             return {"why": MISSING}
         if isinstance(data, str):
             return {"why": UNFETCHED, "note": data}
         try:
-            measured = measure(data, media, self.settings)
+            measured = measure(data, media, strip, self.settings)
         except DecodeError as error:
             return {"why": UNDECODED, "note": str(error).removeprefix(f"{UNDECODED}: ")}
         return {"why": BLANK} if measured is None else measured
 
 
-def measure(data: bytes, media: str, settings: Settings) -> dict[str, Any] | None:
+def measure(data: bytes, media: str, strip: int, settings: Settings) -> dict[str, Any] | None:
     """Decode a file: its frames, encoded, and their measures, as `ANSWER` has them; None if there is one colour only.
 
     Args:
         data: the file.
         media: "image" takes the first frame of what moves.
+        strip: number of frames that stand one below the other in an image, 0 if there is none.
         settings: max_side, max_frames and max_pixels are used.
 
     Raises:
         DecodeError: it is no image or clip, or damaged.
     """
-    found = decode_file(
-        data,
-        max_side=settings.max_side,
-        max_frames=settings.max_frames,
-        max_pixels=settings.max_pixels,
-        still=media == "image",
-        trim=True,
-    )
-    frames = found.frames[:1] if media == "image" else found.frames
+    if strip:
+        frames = decode_stored(data, strip)
+        frames = shrink(frames[spread(strip, settings.max_frames)], settings.max_side)
+    else:
+        limits = {name: getattr(settings, name) for name in ("max_side", "max_frames", "max_pixels")}
+        frames = decode_file(data, still=media == "image", trim=True, **limits).frames
+    frames = frames[:1] if media == "image" else frames
     if is_blank(frames):
         return None
     each = [looks(frame[None]) for frame in frames]
