@@ -29,6 +29,7 @@ from xray.curate.step import SCRATCH, Context, Step, stored
 from xray.data.shards import INDEX, Entry, Shard, folder_errors, index_schema, shard_name
 
 WAVE_BYTES = 2**30
+HELD = 2**28  # bytes of all waves that wait to be written: Daft fills a row group of each before it writes one
 MOST_WAVES = 256  # on a cluster these are as large as they have to be
 ORDER = 2**32  # added to the seed: keys are the same hash of the id, with seed 0
 BUCKET_BITS = 16  # a plan holds the sizes of this many parts of the order, not of every sample
@@ -126,8 +127,9 @@ def _waves(entries: DataFrame, context: Context) -> Iterator[tuple[DataFrame, Da
         return
     part = shift_right(col("key"), lit(48)).cast(DataType.int64())
     wave = shift_right(part * count, lit(16)).cast(NUMBER)
-    for name, whole in (("entries", entries), ("media", media)):
-        whole.with_column("wave", wave).write_parquet(str(folder / name), partition_cols=["wave"])
+    with daft.execution_config_ctx(parquet_target_row_group_size=HELD // count, parquet_inflation_factor=1.0):
+        for name, whole in (("entries", entries), ("media", media)):
+            whole.with_column("wave", wave).write_parquet(str(folder / name), partition_cols=["wave"])
     for number in range(count):
         parts = [folder / name / f"wave={number}" for name in ("entries", "media")]
         if all(part.is_dir() for part in parts):
