@@ -230,7 +230,7 @@ def test_curate_lists_its_steps_and_settings(run: Run) -> None:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps of a curation that only note that they ran."""
-    from curate_runs import replace_steps
+    from curate_finished import replace_steps
 
     return replace_steps(monkeypatch)
 

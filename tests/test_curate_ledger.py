@@ -9,8 +9,8 @@ from pathlib import Path
 import daft
 import pyarrow.parquet as pq
 import pytest
+from curate_finished import EVIL, finished_run
 from curate_frames import frame_of
-from curate_runs import EVIL, finished_run
 from daft import col, lit
 
 from xray.curate import Curated, explain, ledger
@@ -181,16 +181,6 @@ def test_hostile_text_stays_on_its_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert "\\x07, \\u200d" in story
     assert len(story) < 800
     assert story.endswith("kept so far: the curation is not finished")
-
-
-def test_of_an_id_that_came_twice_the_one_that_stays_is_told(tmp_path: Path) -> None:
-    folder = tmp_path / FOLDER / "00-read-1"
-    frame = keeping(frame_of([{"id": "a", "caption": "one"}, {"id": "a", "caption": "two"}]))
-    drop(frame, col("caption") == lit("one"), "the id of another").write_parquet(str(folder / ROWS))
-    (folder / DONE).write_text(
-        '{"name": "read", "fingerprint": "", "rows_in": 2, "rows_out": 1, "reasons": {}, "seconds": 1, "facts": {}}'
-    )
-    assert 'caption: "two"' in explain("a", tmp_path)
 
 
 def test_folders_that_are_no_curation_are_named(done: Curated, tmp_path: Path) -> None:

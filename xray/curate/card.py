@@ -20,7 +20,7 @@ import xray
 from xray.curate import charts, figures
 from xray.curate.ledger import COPIED
 from xray.curate.pictures import Album
-from xray.curate.settings import WITHOUT_EFFECT, Settings
+from xray.curate.settings import Settings
 from xray.curate.step import ROWS, Finished, stored
 
 TEMPLATE = "card.html.jinja"
@@ -32,6 +32,7 @@ GROUPS, GROUP = 6, 8  # duplicate groups of a step, and pictures of one
 CHANGED = 14  # captions before and after
 TOP = 20  # tags, entries
 KEPT = 24
+UNTOLD = ("address", "num_workers", "progress")  # settings of a machine, not of what comes out
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def command(source: str, out: Path, settings: Settings) -> str:
 
 
 def _effective(settings: Settings) -> Iterator[tuple[str, Any]]:
-    return ((name, value) for name, value in asdict(settings).items() if name not in WITHOUT_EFFECT)
+    return ((name, value) for name, value in asdict(settings).items() if name not in UNTOLD)
 
 
 def _share(value: float) -> str:
@@ -172,11 +173,11 @@ def _reasons(run: _Run) -> Iterator[Reason]:
             leaving = run.table(done.name).where(col("reason") == lit(text))
             yield Reason(done.name, text, count, _examples(leaving, EXAMPLES) if told < REASONS else [])
             told += 1
-        if done.name == "balance" and "copies" in _columns(run, "balance"):
-            copied = run.kept("balance").where(col("copies") > lit(1))
+        if done is run.finished[-1] and "copies" in _columns(run, done.name):
+            copied = run.kept(done.name).where(col("copies") > lit(1))
             count = copied.count_rows()
             if count:
-                yield Reason(done.name, COPIED, count, _examples(copied, EXAMPLES))
+                yield Reason("balance", COPIED, count, _examples(copied, EXAMPLES))
 
 
 def _groups(run: _Run) -> list[tuple[str, Mapping[str, Any], Sequence[Sequence[Example]]]]:
@@ -242,7 +243,7 @@ def _entries(run: _Run) -> dict[str, Any] | None:
     now = figures.spectrum(run.kept("balance"), "entries", copies=True)
     if not was.items:
         return None
-    threshold = run.facts["balance"].get("threshold") or 0
+    threshold = run.facts["balance"].get("captions", {}).get("threshold") or 0
     mark = (f"t = {threshold:,}", float(threshold)) if threshold else None
     curves = [("before balancing", was.points()), ("after, with copies", now.points())]
     description = "How often entries of the metadata are matched, by rank, before and after balancing"

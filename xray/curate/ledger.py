@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from daft import col, lit
-from daft.functions import concat, when
+from daft import DataFrame, col, lit
+from daft.functions import coalesce, concat
 
 from xray.curate.frame import TEXT
 from xray.curate.step import ROWS, Finished, load, step_folders, stored
@@ -65,19 +65,22 @@ def write(path: Path, folders: Mapping[str, Path]) -> None:
 
 def _noted(folders: Mapping[str, Path]) -> Iterator[pa.Table]:
     """The rows of the ledger, in order, in tables of any size."""
-    drawn = False  # later steps pass the copies on
-    for name, folder in folders.items():
-        frame = stored(folder / ROWS)
-        if not drawn and "copies" in frame.column_names:
-            drawn = True
-            copied = col("reason").is_null() & (col("copies") > lit(1))
-            count = concat(col("copies").cast(TEXT), lit(" copies"))
-            frame = frame.with_column("detail", when(copied, count).otherwise(col("detail")))
-            frame = frame.with_column("reason", when(copied, lit(COPIED)).otherwise(col("reason")))
-        frame = frame.where(col("reason").not_null())
-        frame = frame.select(col("id"), lit(name).alias("step"), col("reason"), col("detail"))
-        for batch in frame.sort(["id", "reason", "detail"]).to_arrow_iter():
+    frames = {name: stored(folder / ROWS) for name, folder in folders.items()}
+    counting = [name for name, frame in frames.items() if "copies" in frame.column_names]
+    for name, frame in frames.items():
+        left = frame.where(col("reason").not_null()).select("id", "reason", "detail")
+        if name in counting[:1]:  # later steps pass the copies on, and may take some back
+            left = left.concat(_copied(frame, frames[counting[-1]]))
+        left = left.select(col("id"), lit(name).alias("step"), col("reason"), col("detail"))
+        for batch in left.sort(["id", "reason", "detail"]).to_arrow_iter():
             yield pa.Table.from_batches([batch]).cast(SCHEMA)
+
+
+def _copied(frame: DataFrame, last: DataFrame) -> DataFrame:
+    """The samples that are drawn more than once in the end, with what the step that drew them says of it."""
+    final = last.where(col("reason").is_null() & (col("copies") > lit(1))).select("id", col("copies").alias("final"))
+    why = coalesce(col("detail"), concat(col("final").cast(TEXT), lit(" copies")))
+    return frame.join(final, on="id").select("id", lit(COPIED).alias("reason"), why.alias("detail"))
 
 
 def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyarrow import dataset
 
 from xray.curate.frame import HEAVY
 from xray.curate.ledger import WIDTH
+from xray.curate.matching import ENTRIES
 from xray.curate.step import ROWS, load, step_folders
 from xray.data.errors import DataError
 from xray.data.shards import INDEX
@@ -20,7 +22,6 @@ from xray.data.shards import INDEX
 QUIET = ("id", "key", "pixels", "phash", "reason", "detail", *HEAVY)  # columns that tell a reader nothing
 LONGEST = 300  # characters of a text that are shown
 INDENT = 20
-REPEATS = 100  # rows of one id that are looked at
 SEARCHED = 20_000  # ids that are compared letter by letter with one that does not exist
 
 Row = Mapping[str, Any]
@@ -46,10 +47,12 @@ def explain(id: str, out: str | Path) -> str:
         row = _row_of(id, folder)
         if row is None:
             raise DataError(f"no sample of {out} has the id {visible(id)!r}{_hint(id, folder)}")
-        news = list(_changes(before, row, load(folder).facts))
+        news = list(_changes(before, row, folder))
         if row["reason"] is not None:
             reason = _reason(row, list(folders.values())[number:])
             return "\n".join([*lines, *_paragraph(name, [*news, f"left: {reason}"])])
+        if row["detail"]:
+            news.append(visible(row["detail"]))
         lines += _paragraph(name, news or ["unchanged"])
         before = row
     done = (Path(out) / INDEX).is_file()
@@ -63,21 +66,23 @@ def visible(text: str) -> str:
 
 
 def _row_of(id: str, folder: Path) -> Row | None:
-    """A sample's row in a step's table; of an id that came twice, the row that stays."""
+    """A sample's row in a step's table."""
     table = dataset.dataset(sorted((folder / ROWS).rglob("*.parquet")))
     names = [name for name in table.schema.names if name not in HEAVY]
-    rows = table.head(REPEATS, columns=names, filter=dataset.field("id") == id).to_pylist()
-    return min(rows, key=lambda row: row["reason"] is not None) if rows else None
+    rows = table.head(1, columns=names, filter=dataset.field("id") == id).to_pylist()
+    return rows[0] if rows else None
 
 
-def _changes(before: Row, row: Row, facts: Mapping[str, Any]) -> Iterator[str]:
+def _changes(before: Row, row: Row, folder: Path) -> Iterator[str]:
     """What a step made of a sample: a phrase for each column that is new or another, one for all new numbers."""
-    measures = []
+    facts, measures = load(folder).facts, []
     for name, value in row.items():
         old = before.get(name)
         if name in QUIET or value == old or not (_told(old) or _told(value)):
             continue
-        if isinstance(value, list) and isinstance(old, list):
+        if name == "entries":
+            yield f"{name}: {_said(_entries(value, folder))}"
+        elif isinstance(value, list) and isinstance(old, list):
             yield f"{name}: {_exchanged(old, value, facts)}"
         elif _told(old):
             yield f"{name}: {_said(old)} -> {_said(value)}"
@@ -87,6 +92,12 @@ def _changes(before: Row, row: Row, facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: {_said(value)}"
     if measures:
         yield ", ".join(measures)
+
+
+def _entries(numbers: list[int], folder: Path) -> list[Any]:
+    """The metadata's entries of these numbers, where the step tells them."""
+    path = folder / ENTRIES
+    return pq.read_table(path, columns=["entry"])["entry"].take(numbers).to_pylist() if path.is_file() else numbers
 
 
 def _told(value: Any) -> bool:
