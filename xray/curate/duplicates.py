@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from daft import DataFrame, DataType, Expression, Series, Window, col, lit
 from daft.functions import (
+    bitwise_xor,
     coalesce,
     concat,
     length,
@@ -50,9 +51,10 @@ def exact_duplicates(frame: DataFrame | None, context: Context) -> DataFrame:
     """
     assert frame is not None
     row = concat(concat(col("phash").cast(DataType.string()), lit(" ")), col("caption"))  # null without a hash
-    grouped = frame.with_column("group", coalesce(col("pixels"), row)).where(col("group").not_null())
-    likely = _several(_ranked(grouped, "group", "tags").with_column("digest", hashed(col("group"))), "digest")
-    members = context.keep(_several(likely, "group"), "members")
+    digest = coalesce(hashed(col("pixels")), bitwise_xor(hashed(col("caption")), col("phash")))
+    likely = _several(frame.with_column("digest", digest).where(col("digest").not_null()), "digest")
+    likely = likely.with_column("group", coalesce(col("pixels"), row))
+    members = context.keep(_several(_ranked(likely, "group", "tags"), "group"), "members")
     verdicts = _verdicts(members, context).join(members.select("id", "tags"), on="id")
     verdicts = verdicts.join(_united_tags(members), on="group", how="left")
     gains = (col("id") == col("stays")) & (list_count(col("united")) > list_count(list_distinct(col("tags"))))
