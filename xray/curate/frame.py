@@ -21,6 +21,7 @@ COLUMNS: dict[str, DataType] = {
     "url": TEXT,  # of its file, or of the shard that holds it; "" where the table holds no media
     "offset": DataType.int64(),  # of its bytes in the shard; null: the whole file
     "size": DataType.int64(),
+    "strip": NUMBER,  # frames that stand one below the other in its image, as this package stores clips; null: none
     "media": TEXT,  # "image", "clip", "" if unknown until it is decoded
     "caption": TEXT,  # never null; may be ""
     "alternatives": TEXTS,  # other texts that may stand in for a caption that says nothing: words of the file's name
@@ -35,9 +36,11 @@ MEASURES: dict[str, DataType] = {
     "width": NUMBER,
     "height": NUMBER,
     "frames": NUMBER,
+    "data_size": DataType.int64(),  # bytes of the encoded media
     "pixels": TEXT,  # digest of all frames: equal pixels, equal digest; null if nothing was decoded
 }
 # what later steps add
+SCORED = {"agreement": DataType.float32()}  # agreement: of caption and media, in standard deviations above chance
 MATCHED = {"entries": DataType.list(NUMBER)}  # match: numbers of the metadata's entries in the caption
 BALANCED = {"probability": DataType.float64(), "copies": NUMBER}  # balance: expected copies, and copies drawn
 SPLIT = {"split": TEXT}

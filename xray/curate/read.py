@@ -1,17 +1,141 @@
-"""The first step."""
+"""The first step: whatever a source holds, as one frame of `frame.COLUMNS`."""
 
 from __future__ import annotations
 
-from daft import DataFrame
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from typing import Any
 
-from xray.curate.frame import keeping
+from daft import DataFrame, Window, col, lit
+from daft.functions import format, length, list_count, row_number, when
+from daft.functions import hash as hashed
+
+from xray.curate.frame import BYTES, COLUMNS, TEXT, drop, key_of
+from xray.curate.read_columns import Columns
+from xray.curate.read_files import File, is_remote
+from xray.curate.read_folders import folder
+from xray.curate.read_sources import METADATA, PARQUET, Source, extension, tell_all
+from xray.curate.read_tables import tables
+from xray.curate.settings import Settings
 from xray.curate.step import Context, Step
+
+REPEATED = "the id is used already"
 
 
 def read(frame: DataFrame | None, context: Context) -> DataFrame:
-    """Read the source."""
-    assert frame is not None
-    return keeping(frame)
+    """Read the source: a row for every sample, and for everything in it that cannot be one.
+
+    Raises:
+        DataError: the source is not there, is of no known kind or lacks columns.
+    """
+    sources = tell_all(context.source, context.settings.retries)
+    parts: list[tuple[DataFrame, Columns]] = []
+    for source in sources:
+        made = _frames(source, context.settings)
+        if len(sources) > 1:
+            made = [(_prefixed(frame, source.name), columns) for frame, columns in made]
+        parts += made
+    context.facts.update(_facts(sources, [columns for _, columns in parts]))
+    return _unique(
+        _together([frame for frame, _ in parts]),
+        context,
+        cheap=all(extension(file) in PARQUET for source in sources for file in source.files),
+    )
 
 
-STEP = Step("read", read)
+def inputs(text: str, settings: Settings) -> Any:
+    """Digest of what the source is made of: the bytes of tables on this machine, and path, size and time of media and
+    of remote files.
+    """
+    digest = hashlib.sha256()
+    for source in tell_all(text, settings.retries):
+        digest.update(repr((source.kind, source.name)).encode())
+        read_whole = [file for file in source.files if _is_text(source, file)]
+        with ThreadPoolExecutor(8) as pool:
+            contents = dict(zip(read_whole, pool.map(_digest, read_whole), strict=True))
+        for file in source.files:
+            digest.update(repr((file.name, contents.get(file) or (file.size, file.stamp))).encode())
+    return digest.hexdigest()
+
+
+STEP = Step("read", read, reads=("columns",), inputs=inputs)
+
+
+def _frames(source: Source, settings: Settings) -> list[tuple[DataFrame, Columns]]:
+    if source.kind == "folder":
+        return folder(source, settings.columns, settings.retries)
+    return tables(source, source.files, settings.columns, settings.retries)
+
+
+def _together(frames: Sequence[DataFrame]) -> DataFrame:
+    """All rows; `bytes` is there if any frame has it."""
+    embeds = any("bytes" in frame.column_names for frame in frames)
+    names = [name for name in COLUMNS if name != "key"] + ["bytes"] * embeds + ["reason", "detail"]
+
+    def alike(frame: DataFrame) -> DataFrame:
+        if embeds and "bytes" not in frame.column_names:
+            frame = frame.with_column("bytes", lit(None).cast(BYTES))
+        return frame.select(*names)
+
+    return reduce(DataFrame.union_all, map(alike, frames))
+
+
+def _prefixed(frame: DataFrame, name: str) -> DataFrame:
+    """With the set's name before each id: several sources count alike."""
+    own = col("id").startswith(f"{name}:") | col("id").startswith(format("{}:", col("source")))
+    return frame.with_column("id", when(own, col("id")).otherwise(format("{}:{}", lit(name), col("id"))))
+
+
+def _unique(frame: DataFrame, context: Context, cheap: bool) -> DataFrame:
+    """With keys, and of several rows with one id all but one dropped: the one with the longest caption and the most
+    tags stays, and the order of the source does not matter.
+
+    Args:
+        frame: all rows.
+        context: of the step.
+        cheap: ids are read faster than all columns are written and read again.
+    """
+    frame = frame.with_column("key", key_of(col("id")))
+    frame = frame.select(*COLUMNS, *(name for name in frame.column_names if name not in COLUMNS))
+    if not cheap:
+        frame = context.keep(frame, "rows")
+    counted = frame.select("key").groupby("key").agg(col("key").count().alias("rows"))
+    repeated = context.keep(counted.where(col("rows") > lit(1)).select("key"), "repeated")
+    if repeated.count_rows() == 0:
+        return frame
+    few = frame.join(repeated, on="key", how="semi")
+    content = hashed(*(col(name) for name in frame.column_names if name not in ("id", "key")))
+    better = [col("reason").is_null(), length(col("caption")), list_count(col("tags")), content]
+    rank = row_number().over(Window().partition_by("key").order_by(*better, desc=True)).cast(TEXT)
+    few = few.with_column("rank", rank)
+    few = drop(few, col("rank") != lit("1"), REPEATED, detail=col("id"))
+    renamed = when(col("rank") == lit("1"), col("id")).otherwise(format("{}#{}", col("id"), col("rank")))
+    few = few.with_column("id", renamed).with_column("key", key_of(col("id"))).select(*frame.column_names)
+    return frame.join(repeated, on="key", how="anti").union_all(few)
+
+
+def _is_text(source: Source, file: File) -> bool:
+    """Whether a file's bytes are digested: tables and metadata on this machine."""
+    if is_remote(file.url) or source.kind == "shards":
+        return False
+    return source.kind != "folder" or file.name.rsplit("/", 1)[-1] in METADATA
+
+
+def _digest(file: File) -> str:
+    with open(file.url, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _facts(sources: Sequence[Source], columns: Sequence[Columns]) -> dict[str, Any]:
+    used: dict[str, str] = {}
+    for found in columns:
+        used.update({part: name for part, name in found.names.items() if part not in used})
+    return {
+        "kind": ", ".join(dict.fromkeys(source.kind for source in sources)),
+        "files": sum(len(source.files) for source in sources),
+        "columns": used,
+        "has_media": any(found.has_media for found in columns),
+        "unused_columns": sorted({name for found in columns for name in found.unused}),
+    }
