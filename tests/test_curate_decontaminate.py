@@ -20,6 +20,7 @@ from xray.curate.neighbours import nearest
 from xray.curate.settings import Settings
 from xray.data.clean import looks
 from xray.data.errors import DataError
+from xray.data.shards import Entry, ShardWriter, encode
 
 WORDS = "a small red fox runs over the old wooden bridge near our village in winter"
 
@@ -99,6 +100,20 @@ def test_an_image_folder_and_a_damaged_file(tmp_path: Path) -> None:
     assert done["001"]["detail"] is None
     told = context.facts["evaluation"][0]
     assert (told["samples"], told["hashes"]) == (3, 2)
+
+
+def test_of_a_dataset_the_test_split_counts(tmp_path: Path) -> None:
+    for name, splits in (("both", ("train", "test")), ("train", ("train", "train"))):
+        with ShardWriter(tmp_path / name) as writer:
+            for number, split in enumerate(splits):
+                frames = np.asarray(picture(number, 64).convert("RGB"))[None]
+                content, extension = encode(frames, "image")
+                writer.add(Entry(f"{name}-{number}", "image", extension, WORDS if number else "", split=split), content)
+    rows = [{"phash": looks(np.asarray(picture(number, 64).convert("RGB"))[None]).shape} for number in range(2)]
+    rows = [{"phash": row["phash"] >> 1 << 1} for row in rows]
+    assert details(rows, tmp_path / "a", tmp_path / "both") == {"000": None, "001": "both-1"}
+    assert details(rows, tmp_path / "b", tmp_path / "train") == {"000": "train-0", "001": "train-1"}
+    assert details([{"caption": WORDS}], tmp_path / "c", tmp_path / "both") == {"000": "both-1"}
 
 
 def test_what_is_no_evaluation_set_is_said(tmp_path: Path) -> None:

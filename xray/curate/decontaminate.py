@@ -161,7 +161,7 @@ def _table(path: Path) -> DataFrame:
     return table.select(id.alias("id"), caption.alias("caption"), phash.alias("phash"))
 
 
-@daft.func.batch(return_dtype=HASH, use_process=True, batch_size=64)
+@daft.func.batch(return_dtype=HASH, batch_size=64)
 def perceptual_hashes(
     paths: Series, offsets: Series, sizes: Series, frames: Series, max_side: int, max_pixels: int
 ) -> pa.Array:
