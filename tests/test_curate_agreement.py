@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from curate_frames import context_for, frame_of, reasons_of, rows_of
+from curate_frames import context_for, daft, frame_of, reasons_of, rows_of
 
 from xray import data, models, train
 from xray.curate import agreement
@@ -117,6 +117,7 @@ def test_scores_do_not_depend_on_order_and_partitions(shapes: list[dict[str, Any
 def test_samples_without_caption_or_media_stay(shapes: list[dict[str, Any]], run: Path, tmp_path: Path) -> None:
     bare = [{**shapes[0], "caption": ""}, {**shapes[1], "data": None, "frames": None, "media": ""}]
     rows, facts = agree([*bare, *shapes[2:]], tmp_path, checkpoint=str(run), agreement=1.0)
+    assert len(rows) == PAIRS
     assert facts["scored"] == PAIRS - 2
     for id, row in rows.items():
         assert (row["agreement"] is None) == (row["reason"] is None) == (id in ("000", "001"))
@@ -193,6 +194,20 @@ def test_scores_count_deviations_from_chance() -> None:
     expected = (by_row + by_column) / 2
     found = agreement.scores(np.concatenate([images, texts], axis=1), mean, covariance) / agreement.PARTS
     np.testing.assert_allclose(found, expected, atol=0.51 / agreement.PARTS)
+
+
+def test_chance_is_that_of_the_same_sample_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    ids = [f"{number:03d}" for number in range(40)]
+    frame = daft.from_pydict({"id": ids, "pair": pairs.tolist()})
+    turned = daft.from_pydict({"id": ids[::-1], "pair": pairs[::-1].tolist()}).into_partitions(3)
+    mean, covariance = agreement._chance(frame)
+    np.testing.assert_allclose(mean, pairs.reshape(40, 2, 3).mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(covariance[1], np.cov(pairs[:, 3:].T, bias=True), atol=1e-6)
+    monkeypatch.setattr(agreement, "REFERENCES", 9)
+    few, others = agreement._chance(frame)[0], agreement._chance(turned)[0]
+    assert (few == others).all()
+    assert not np.allclose(few, mean)
 
 
 def test_equal_pairs_score_nothing() -> None:
