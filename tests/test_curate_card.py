@@ -98,7 +98,11 @@ def test_the_card_shows_what_happened(page: Page) -> None:
         "1 changed, 1 replaced, 0 emptied",
         "see www.example.com a dog \\u200b a dog",
         "hash 12 \u2013",
-        "tag source count share hash set 11 1",
+        "tag source count share told hash set 11 1 0.01",
+        "words cut off at the set samples <script>",
+        "By a CLIP model, 8 pairs",
+        "What stays reaches 0.50",
+        "1 clips in which nothing moves became images",
         "6 spellings became 5 tags",
         "Dogs dog 1",
         "exact duplicates: 1 groups, the largest of 3",
@@ -113,7 +117,7 @@ def test_the_card_shows_what_happened(page: Page) -> None:
         "xray curate 'the source' out",
     ):
         assert text in page.text, text
-    assert page.elements["svg"] == 3
+    assert page.elements["svg"] == 4
 
 
 def test_the_one_that_stays_is_marked(page: Page) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import platform
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -132,6 +134,7 @@ def write(
         else [],
         sources=_sources(run),
         balanced=_balanced(run),
+        agreement=_agreement(run),
     )
     draft = path.with_name(f".{path.name}")
     draft.write_text(html, encoding="utf-8")
@@ -308,11 +311,30 @@ def _balanced(run: _Run) -> list[dict[str, Any]]:
     return [{"rule": rule, **facts[rule]} for rule in ("captions", "tags") if facts.get(rule, {}).get("samples")]
 
 
+def _agreement(run: _Run) -> dict[str, Any] | None:
+    """How well captions and pictures agree; None where no model was asked."""
+    facts = run.facts["agreement"]
+    if not facts.get("scored"):
+        return None
+    bins: Counter[int] = Counter()
+    for score, count in facts["histogram"]:
+        bins[math.floor(2 * score)] += count
+    halves = range(min(bins), max(bins) + 1)
+    shares = [bins[half] / facts["scored"] for half in halves]
+    chart = charts.histogram(
+        [f"{half / 2:g}" for half in halves],
+        [("pairs", shares)],
+        description="How well captions and pictures agree, in standard deviations above chance",
+        name="standard deviations above chance, from",
+    )
+    return {"chart": chart, "scored": facts["scored"], "threshold": facts["threshold"]}
+
+
 def marked(was: str, now: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """Two texts in pieces, those marked True that only one of them has; what cannot be seen is escaped."""
     pair = [re.findall(r"\w+|\s+|.", visible(shorten(text))) for text in (was, now)]
     sides: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, *pair, autojunk=False).get_opcodes():
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, pair[0], pair[1], autojunk=False).get_opcodes():
         for side, words, low, high in ((sides[0], pair[0], a, b), (sides[1], pair[1], c, d)):
             if low < high:
                 side.append(("".join(words[low:high]), tag != "equal"))
