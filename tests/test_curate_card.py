@@ -103,6 +103,7 @@ def test_the_card_shows_what_happened(page: Page) -> None:
         "By a CLIP model, 8 pairs",
         "What stays reaches 0.50",
         "1 clips in which nothing moves became images",
+        "Dogs now dog 1 1",
         "6 spellings became 5 tags",
         "Dogs dog 1",
         "exact duplicates: 1 groups, the largest of 3",

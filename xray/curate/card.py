@@ -34,7 +34,7 @@ EXAMPLES = 8  # of a reason
 REASONS = 40  # that are shown with examples
 GROUPS, GROUP = 12, 8  # duplicate groups of a step, and pictures of one
 CHANGED = 14  # captions before and after
-TOP = 24  # tags
+FREQUENT, TOP = 9, 60  # tags, as read and in the shards
 SETS = 30
 KEPT = 24
 UNTOLD = ("address", "num_workers", "progress")  # settings of a machine, not of what comes out
@@ -248,13 +248,15 @@ def _tags(run: _Run) -> dict[str, Any]:
     curves = [("as read", was.points()), ("in the shards", now.points())]
     if drawn != now:
         curves.append(("in the shards, with copies", drawn.points()))
-    top = figures.most_frequent(before, "tags", TOP)
-    left = figures.occurrences(after, "tags", [tag for tag, _ in top])
+    top = figures.most_frequent(before, "tags", FREQUENT)
+    spelled = {was: now for was, now, _ in run.facts["canonical_tags"].get("canonical", {}).get("examples", [])}
+    names = [spelled.get(tag, tag) for tag, _ in top]
+    left = figures.occurrences(after, "tags", names)
     return {
         "was": was,
         "now": now,
         "chart": charts.rank_chart(curves, description="How often tags occur, by rank, as read and in the shards"),
-        "before": [(tag, times, left.get(tag, 0)) for tag, times in top],
+        "before": [(tag, times, name, left.get(name, 0)) for (tag, times), name in zip(top, names, strict=True)],
         "after": figures.most_frequent(after, "tags", TOP),
     }
 
