@@ -57,7 +57,7 @@ def test_help_and_version(run: Run) -> None:
     for words in ((), ("--help",)):
         status, printed, _ = run(*words)
         assert status == 0
-        for command in ("demo", "data", "train", "export", "eval"):
+        for command in ("demo", "data", "curate", "train", "export", "eval"):
             assert f"\n    {command} " in printed
     assert run("--version")[1].strip() == f"xray {xray.__version__}"
     assert "fetch" in run("data")[1]
@@ -75,7 +75,7 @@ def test_list_is_aligned(run: Run) -> None:
     ("words", "message"),
     [
         ("trian clip_tiny", "error: there is no command 'trian'; did you mean train?"),
-        ("xyz", "error: there is no command 'xyz'; the commands are demo, data, train, export, eval"),
+        ("xyz", "error: there is no command 'xyz'; the commands are demo, data, curate, train, export, eval"),
         ("train clip_tny", "error: there is no recipe 'clip_tny'; did you mean clip_tiny?"),
         ("train zzz", "error: there is no recipe 'zzz': see `xray train --list`"),
         ("train clip_tiny stesp=3", "error: a recipe has no key 'stesp'; did you mean steps?"),
@@ -100,6 +100,17 @@ def test_list_is_aligned(run: Run) -> None:
         ("data pack nothing out facts=none", "error: there is no setting 'facts'; the settings are "),
         ("data generate out siz=4", "error: there is no setting 'siz'; did you mean size?"),
         ("data generate out size=0", "error: size is 0"),
+        ("curate x", "error: curate needs SOURCE and OUT; see `xray curate --help`"),
+        ("curate x out near_bit=1", "error: there is no setting 'near_bit'; did you mean near_bits?"),
+        ("curate x out near_bits=4", "error: near_bits is 4; a value from 0 to 3 is needed"),
+        ("curate x out seed=a", "error: seed is 'a' and must be a whole number"),
+        ("curate x out balance=all", "error: balance is 'all'; one of captions, tags, both, none is needed"),
+        ("curate x out y", "error: 'y' is not a setting: write key=value"),
+        ("curate x out --fast", "error: '--fast' is not understood here; see `xray curate --help`"),
+        ("curate explain", "error: explain needs an id and the folder of a curation: xray curate explain ID OUT"),
+        ("curate explain 001", "error: explain needs an id and the folder of a curation: "),
+        ("curate explain 001 seed=1", "error: explain needs an id and the folder of a curation: "),
+        ("curate explain 001 nothing", "error: nothing holds no curation; name a folder that `xray curate` made"),
         ("demo seet=1", "error: there is no setting 'seet'; did you mean seed?"),
     ],
 )
@@ -202,3 +213,62 @@ def test_sources_that_are_missing_are_named(run: Run, monkeypatch: pytest.Monkey
     assert status == 2
     assert printed == f"openclipart: {tmp_path / 'openclipart'}\n"
     assert complained == "emojibase: npm is not installed\n"
+
+
+def test_curate_lists_its_steps_and_settings(run: Run) -> None:
+    pytest.importorskip("daft")
+    from xray.curate import STEPS
+
+    lines = run("curate", "--steps")[1].splitlines()
+    assert [line.split()[0] for line in lines] == [step.name for step in STEPS]
+    assert all(len(line.split()) > 1 and len(line) <= 100 for line in lines)
+    printed = run("curate", "--show", "near_bits=1", "columns=caption=text,url=link", "progress=no")[1]
+    assert {"near_bits=1", "columns=caption=text,url=link", "progress=false"} <= set(printed.splitlines())
+    assert run("curate", "source", "out", "--show", *printed.splitlines())[1] == printed
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps of a curation that only note that they ran."""
+    from curate_finished import replace_steps
+
+    return replace_steps(monkeypatch)
+
+
+def test_curate_prints_what_every_step_did(run: Run, steps: list[str], tmp_path: Path) -> None:
+    status, printed, _ = run("curate", "anything", "out", "seed=3")
+    lines = printed.splitlines()
+    assert status == 0
+    assert lines[0].split() == ["step", "in", "out", "seconds", "dropped"]
+    assert lines[1].split()[:3] == ["read", "12", "12"]
+    assert lines[-3] == "12 rows: 7 kept, 1 of them more than once; 5 dropped"
+    assert lines[-2:] == [str(tmp_path / "out" / name) for name in ("index.parquet", "card.html")]
+    assert all(Path(line).is_file() for line in lines[-2:])
+    assert len(steps) == 14
+    assert "(seconds in brackets: computed before)" in run("curate", "anything", "out", "seed=3")[1]
+    assert len(steps) == 14, "what is done is not done again"
+
+    status, printed, _ = run("curate", "explain", "009", "out")
+    assert (status, printed.splitlines()[0]) == (0, "009")
+    assert "left: the same pixels as another: 003, which stays" in printed
+    refusal = refused(run("curate", "explain", "09", "out"))
+    assert refusal == "error: no sample of out has the id '09'; did you mean 009?"
+
+
+def test_a_source_may_be_called_explain(run: Run, steps: list[str], tmp_path: Path) -> None:
+    (tmp_path / "explain").write_text("")
+    assert run("curate", "explain", "out")[0] == 0
+    assert run("curate", "explain", "other", "seed=2")[0] == 0
+    assert len(steps) == 28
+    assert run("curate", "explain", "001", "out")[1].startswith("001\n"), "an id and a folder: a story, none the less"
+    (tmp_path / "a=b").symlink_to(tmp_path / "out")
+    assert run("curate", "explain", "001", "a=b")[1].startswith("001\n")
+
+
+def test_a_curation_that_is_interrupted_goes_on(run: Run, steps: list[str]) -> None:
+    steps.append("stop at balance")
+    assert run("curate", "anything", "out", "progress=no") == (130, "", "interrupted\n")
+    before = len(steps)
+    steps.remove("stop at balance")
+    assert run("curate", "anything", "out", "progress=no")[0] == 0
+    assert steps[before - 1 :] == ["balance", "split", "shards"]

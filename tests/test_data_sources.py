@@ -16,6 +16,7 @@ import pytest
 from media_files import encoded, picture
 
 from xray import data
+from xray.curate.demo_set import prepare_demo
 from xray.data import archives, emoji, openclipart, sources
 from xray.data.folder import read_folder
 
@@ -239,6 +240,18 @@ def test_a_folder_from_another_download_is_made_anew(registry: Registry) -> None
     assert len(emoji.read_names(fetch("emojibase", registry))) == 1
 
 
+def test_wordnet_is_fetched_with_its_licence(registry: Registry) -> None:
+    shipped = {"wordnet/data.noun": b"cat", "wordnet/noun.exc": b"", "doc/wordnet-base/copyright": b"Princeton"}
+    others = {"doc/wordnet-base/AUTHORS": b"", "wordnet/old/data.noun": b"dog", "man/man5/wndb.5WN.gz": b""}
+    registry.offer(
+        "wordnet-base",
+        "wordnet-base_1%3a3.0-37_all.deb",
+        {f"./usr/share/{name}": body for name, body in {**shipped, **others}.items()},
+    )
+    found = {path.name: path.read_bytes() for path in fetch("wordnet", registry).iterdir() if path.name[0] != "."}
+    assert found == {name.split("/")[-1]: body for name, body in shipped.items()}
+
+
 def test_apt_without_lists_updates_its_own(registry: Registry) -> None:
     (registry.root / "needs lists").write_text("")
     fetch("openclipart", registry)
@@ -278,14 +291,15 @@ def test_unknown_sources_and_unwritable_caches(registry: Registry, tmp_path: Pat
 
 
 def demo_set(registry: Registry, out: Path) -> data.Dataset:
-    assert data.prepare_demo(out, registry.cache, max_side=24, max_frames=3, progress=False) == out
+    made = prepare_demo(out, registry.cache, max_side=24, max_frames=3, progress=False)
+    assert made.folder == out
     return data.Dataset(out, None)
 
 
 def test_the_demo_takes_what_can_be_reached(
     registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xray.data.demo_set.GENERATED_FOR_ONE", 30)
+    monkeypatch.setattr("xray.curate.demo_set.GENERATED_FOR_ONE", 30)
     everything = demo_set(registry, tmp_path / "all")
     assert Counter(everything.column("source")) == {"openclipart": 3, "fluent-emoji-anim": 4}
     assert "going on without" not in capsys.readouterr().err
@@ -293,7 +307,7 @@ def test_the_demo_takes_what_can_be_reached(
     demo_set(registry, tmp_path / "all")
     assert registry.calls() == []
     with pytest.raises(data.DataError, match="holds another dataset"):
-        data.prepare_demo(tmp_path / "all", registry.cache, max_side=32, max_frames=3)
+        prepare_demo(tmp_path / "all", registry.cache, max_side=32, max_frames=3)
 
     (registry.root / "bin" / "npm").unlink()
     (registry.cache / "downloads" / "emojibase-data-17.0.0.tgz").unlink()
@@ -307,7 +321,7 @@ def test_the_demo_takes_what_can_be_reached(
 def test_the_demo_falls_back_to_generated_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xray.data.demo_set.GENERATED_FOR_ONE", 30)
+    monkeypatch.setattr("xray.curate.demo_set.GENERATED_FOR_ONE", 30)
     everything = demo_set(Registry(tmp_path, monkeypatch, ()), tmp_path / "out")
     assert set(everything.column("source")) == {"generated"}
     assert set(everything.column("media")) == {"image", "clip"}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from xray import cli, data, demo, train
-from xray.data import demo_set
+from xray.curate import demo_set
 from xray.evaluate import facts
 from xray.train.metrics import Metrics
 
@@ -194,8 +194,8 @@ def test_sets_that_cannot_be_reached_are_named(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(demo_set, "fetch", unreachable)
     monkeypatch.setattr(demo_set, "GENERATED_FOR_ONE", 40)
-    folder = data.prepare_demo(tmp_path / "data", tmp_path / "cache", progress=False)
-    found = facts.dataset(folder)
+    made = demo_set.prepare_demo(tmp_path / "data", tmp_path / "cache", progress=False)
+    found = facts.dataset(made.folder, made.missing)
     assert found["train"] + found["test"] == 80
     assert [(source["name"], source["used"]) for source in found["sources"]] == [
         ("generated", True),

@@ -127,5 +127,5 @@ def test_top1_counts_samples_with_tags_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_tags_are_added_to_captions_unless_said() -> None:
     pairs = [("Red heart", ["RED", "heart", "love", "card", "gift"]), ("", ["love"]), ("a ring", [])]
-    assert tasks.with_tags(pairs, 2) == ["Red heart, love, card", "love", "a ring"]
-    assert tasks.with_tags(pairs, 0) == ["Red heart", "", "a ring"]
+    assert data.with_tags(pairs, 2) == ["Red heart, love, card", "love", "a ring"]
+    assert data.with_tags(pairs, 0) == ["Red heart", "", "a ring"]

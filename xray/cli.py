@@ -136,6 +136,21 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _settings(generate, "size=600 seed=0 image_size=32 num_frames=4")
     generate.set_defaults(command=_generate)
 
+    curate = commands.add_parser(
+        "curate",
+        help="make dirty pairs and tagged clips into clean, balanced shards",
+        description="Curate SOURCE (a Parquet, CSV or JSONL table, WebDataset shards, or a folder; a path or URL) into "
+        "the dataset folder OUT, and print what every step did. A run that was stopped goes on when it is started "
+        "again; other settings compute anew only what they change.",
+        epilog="`xray curate explain ID OUT` tells one sample's story. A source of that name is ./explain.",
+    )
+    curate.add_argument("source", nargs="?", metavar="SOURCE", help="what to curate, or the word explain")
+    curate.add_argument("out", nargs="?", metavar="OUT", help="the dataset folder to make or to go on with")
+    _settings(curate, "columns=caption=text,url=link seed=0 engine=ray balance=tags and all others that --show names")
+    curate.add_argument("--steps", action="store_true", help="list the steps")
+    curate.add_argument("--show", action="store_true", help="print the settings and do not curate")
+    curate.set_defaults(command=_curate)
+
     train = commands.add_parser(
         "train",
         help="train a recipe",
@@ -167,6 +182,41 @@ def _settings(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("settings", nargs="*", default=[], metavar="key=value", help=text)
 
 
+def _curate(options: argparse.Namespace) -> int:
+    from xray import curate
+    from xray.curate import ledger, pipeline
+    from xray.data.shards import INDEX
+
+    if options.steps:
+        for step in curate.STEPS:
+            print(f"{step.name:18}{(step.run.__doc__ or '').splitlines()[0]}")
+        return 0
+    if options.source == "explain" and _asks_to_explain(options):
+        print(curate.explain(options.out, options.settings[0]))
+        return 0
+    pairs = options.settings
+    if options.show:  # neither SOURCE nor OUT is needed: a setting may stand in their place
+        pairs = [word for word in (options.source, options.out, *pairs) if word is not None and "=" in word]
+    settings = curate.Settings(**_keywords(curate.Settings, _pairs(pairs), ()))
+    if options.show:
+        _show(vars(settings))
+        return 0
+    if options.out is None:
+        raise UsageError("curate needs SOURCE and OUT; see `xray curate --help`")
+    done = curate.curate(options.source, options.out, settings)
+    print(done, ledger.account(done.out), done.out / INDEX, done.out / pipeline.CARD, sep="\n")
+    return 0
+
+
+def _asks_to_explain(options: argparse.Namespace) -> bool:
+    """Whether "explain" is followed by an id and a folder, or else is a source of that name."""
+    if len(options.settings) == 1 and ("=" not in options.settings[0] or Path(options.settings[0]).is_dir()):
+        return True
+    if Path(options.source).exists():
+        return False
+    raise UsageError("explain needs an id and the folder of a curation: xray curate explain ID OUT")
+
+
 def _train(options: argparse.Namespace) -> int:
     from xray import train
 
@@ -183,9 +233,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     train.validate(recipe)
     if options.show:
-        for key, value in vars(recipe).items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            print(f"{key}={text.lower() if isinstance(value, bool) else text}")
+        _show(vars(recipe))
         return 0
     try:
         out = train.run(recipe)
@@ -197,6 +245,13 @@ def _train(options: argparse.Namespace) -> int:
     if _is_first():
         print(out / "model.safetensors")
     return 0
+
+
+def _show(settings: Mapping[str, Any]) -> None:
+    """Print settings as they can be given again."""
+    for key, value in settings.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        print(f"{key}={text.lower() if isinstance(value, bool) else text}")
 
 
 def _is_first() -> bool:

@@ -2,7 +2,7 @@
 
 The folder of a run:
 
-    data/                      the packed dataset
+    data/                      the curated dataset
     mae/ tags/ clip/           the three stages, each starting from the one before
     clip_only/                 the ablation: stage 3 with the same steps and data, from random weights
     metrics.json report.html   the result
@@ -27,6 +27,7 @@ from typing import Any
 
 import xray
 from xray import data, evaluate, models, train
+from xray.curate.demo_set import DemoSet, prepare_demo
 from xray.data.shards import INDEX, read_facts
 from xray.evaluate import facts, pictures, report
 
@@ -121,9 +122,9 @@ def run(
     _claim(out)
     try:
         say(f"\nxray demo: everything goes to {out}; stop at any time, the same command goes on\n")
-        folder = _data(out, cache, seed, quick, progress)
-        stages = {name: _stage(name, out, folder, seed, quick, progress) for name in (*STAGES, ABLATION)}
-        return _finish(out, folder, stages, seed, command, progress)
+        made = _data(out, cache, seed, quick, progress)
+        stages = {name: _stage(name, out, made.folder, seed, quick, progress) for name in (*STAGES, ABLATION)}
+        return _finish(out, made, stages, seed, command, progress)
     except train.Stopped as stopped:
         say(f"\nstopped, and the state is saved; go on with: {command}")
         raise KeyboardInterrupt from stopped
@@ -186,29 +187,30 @@ def _claim(out: Path) -> None:
         raise DemoError(f"out is {out}, which cannot be written: {error.strerror or error}") from error
 
 
-def _data(out: Path, cache: str | Path | None, seed: int, quick: bool, progress: bool) -> Path:
-    """The dataset folder, packed now or before; notes beside it how long packing took."""
+def _data(out: Path, cache: str | Path | None, seed: int, quick: bool, progress: bool) -> DemoSet:
+    """The dataset, made now or before; notes beside it how long that took."""
     folder, note = out / "data", out / "data.json"
-    say("data: fetching what can be reached, cleaning, packing" if not quick else "data: generated shapes")
+    made = DemoSet(folder, [])
+    say("data: fetching what can be reached, curating" if not quick else "data: generated shapes")
     began = time.perf_counter()
-    packed_before = (folder / INDEX).is_file()
+    made_before = (folder / INDEX).is_file()
     if not quick:
-        data.prepare_demo(folder, cache, seed=seed, progress=progress)
-    elif not packed_before:
+        made = prepare_demo(folder, cache, seed=seed, progress=progress)
+    elif not made_before:
         data.generated(folder, QUICK_SAMPLES, seed, image_size=32)
     elif read_facts(folder).get("generated_seed") != str(seed):
         raise DemoError(f"{folder} holds other data than quick=true seed={seed} needs; name another out")
     seconds = time.perf_counter() - began
-    if not packed_before:
+    if not made_before:
         report.write_text(note, json.dumps({"seconds": seconds}))
-    found = facts.dataset(folder)
+    found = facts.dataset(folder, made.missing)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in found["dropped_by_reason"].items())
     say(
         f"data: {found['train']:,} to train and {found['test']:,} to test, of them "
         f"{found['train_clips']:,} and {found['test_clips']:,} clips; left out: {left_out or 'nothing'} "
         f"({report.duration(seconds)})\n"
     )
-    return folder
+    return made
 
 
 def _stage(name: str, out: Path, folder: Path, seed: int, quick: bool, progress: bool) -> Stage:
@@ -279,17 +281,17 @@ def _lines(where: Path) -> list[dict[str, Any]]:
         raise DemoError(f"{error}; remove {where} to train it anew") from error
 
 
-def _finish(out: Path, folder: Path, stages: Mapping[str, Stage], seed: int, command: str, progress: bool) -> Path:
+def _finish(out: Path, made: DemoSet, stages: Mapping[str, Stage], seed: int, command: str, progress: bool) -> Path:
     """Evaluate, write metrics.json and report.html, and print the summary."""
     say("evaluation: held-out images and clips")
     began = time.perf_counter()
-    result, shown = _evaluate(folder, stages, seed, progress)
-    seconds = {"data": _packing_seconds(out)}
+    result, shown = _evaluate(made.folder, stages, seed, progress)
+    seconds = {"data": _data_seconds(out)}
     seconds |= {name: float(stage.lines[-1]["seconds"]) for name, stage in stages.items()}
     seconds["evaluation"] = time.perf_counter() - began
     seconds["total"] = sum(seconds.values())
     metrics: dict[str, Any] = {
-        "data": facts.dataset(folder),
+        "data": facts.dataset(made.folder, made.missing),
         "stages": [stages[name].summary() for name in STAGES],
         **result,
         "seconds": seconds,
@@ -309,8 +311,8 @@ def _finish(out: Path, folder: Path, stages: Mapping[str, Stage], seed: int, com
     return page
 
 
-def _packing_seconds(out: Path) -> float:
-    """How long packing took, in this session or an earlier one."""
+def _data_seconds(out: Path) -> float:
+    """How long the data took, in this session or an earlier one."""
     try:
         return float(json.loads((out / "data.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,12 +1,279 @@
-"""The data card: one HTML page with pictures."""
+"""The data card: one HTML page, no scripts, nothing fetched, pictures and charts inside."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import platform
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from xray.curate.step import Finished
+import daft
+import jinja2
+import pyarrow
+from daft import DataFrame, col, lit
+
+import xray
+from xray.curate import charts, figures
+from xray.curate.ledger import COPIED
+from xray.curate.pictures import Album
+from xray.curate.settings import Settings
+from xray.curate.step import ROWS, Finished, stored
+
+TEMPLATE = "card.html.jinja"
+LONGEST = 110  # characters of a caption
+BUDGET = 2_400_000  # characters of all pictures: the page stays below 3 MB
+EXAMPLES = 6  # of a reason
+REASONS = 40  # that are shown with examples
+GROUPS, GROUP = 6, 8  # duplicate groups of a step, and pictures of one
+CHANGED = 14  # captions before and after
+TOP = 20  # tags, entries
+KEPT = 24
+UNTOLD = ("address", "num_workers", "progress")  # settings of a machine, not of what comes out
 
 
-def write(path: Path, source: str, folders: Mapping[str, Path], finished: Sequence[Finished]) -> None:
-    """Write the card."""
+@dataclass(frozen=True)
+class Example:
+    """A sample on the page."""
+
+    id: str
+    caption: str
+    detail: str = ""
+    tags: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why samples left a step, how many, and some of them."""
+
+    step: str
+    text: str
+    count: int
+    examples: Sequence[Example]
+
+
+@dataclass
+class _Run:
+    """The tables of a finished curation."""
+
+    folders: Mapping[str, Path]
+    finished: Sequence[Finished]
+    facts: Mapping[str, Mapping[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.facts = {done.name: done.facts for done in self.finished}
+
+    def table(self, step: str) -> DataFrame:
+        return stored(self.folders[step] / ROWS)
+
+    def kept(self, step: str) -> DataFrame:
+        return self.table(step).where(col("reason").is_null())
+
+
+def write(
+    path: Path, source: str, settings: Settings, folders: Mapping[str, Path], finished: Sequence[Finished]
+) -> None:
+    """Write the card of a curation.
+
+    Everything that comes from data (ids, captions, tags, reasons) is escaped by the template.
+
+    Args:
+        path: of the page.
+        source: what was curated; what may be secret in a URL is not shown.
+        settings: of the run.
+        folders: of the steps, by name and in order.
+        finished: the steps' records, in order.
+    """
+    run = _Run(folders, finished)
+    reasons = list(_reasons(run))
+    groups = _groups(run)
+    kept = _examples(run.kept(finished[-1].name), KEPT)
+    shown = {example.id for part in (kept, *(reason.examples for reason in reasons)) for example in part}
+    shown |= {example.id for _, _, rows in groups for row in rows for example in row}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(shorten=shorten, number=lambda value: f"{value:,}", share=_share)
+    html = environment.get_template(TEMPLATE).render(
+        source=public(source),
+        command=command(source, path.parent, settings),
+        settings=[(name, value, value != getattr(Settings(), name)) for name, value in _effective(settings)],
+        versions={
+            "xray": xray.__version__,
+            "daft": daft.__version__,
+            "pyarrow": pyarrow.__version__,
+            "python": platform.python_version(),
+        },
+        steps=finished,
+        facts=run.facts,
+        reasons=reasons,
+        groups=groups,
+        kept=kept,
+        album=Album(run.table("decode"), shown, BUDGET),
+        captions=_captions(run),
+        tags=_tags(run),
+        entries=_entries(run),
+        media=_media(run),
+        splits=figures.numbers(run.kept("split"), "split", "media") if "split" in _columns(run, "split") else [],
+        sources=_sources(run),
+    )
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(html, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """At most `longest` characters on one line: a caption may have a million."""
+    text = " ".join(text[: 4 * longest].split())
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
+def public(source: str) -> str:
+    """A path or URL less what may be secret in it: a user's name and password, and what signs a request."""
+    return re.sub(r"(://)[^/@]*@", r"\1", source).split("?")[0] if "://" in source else source
+
+
+def command(source: str, out: Path, settings: Settings) -> str:
+    """How to curate the same again."""
+    said = [f"{name}={value}" for name, value in _effective(settings) if value != getattr(Settings(), name)]
+    return shlex.join(["xray", "curate", public(source), out.name, *said])
+
+
+def _effective(settings: Settings) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in asdict(settings).items() if name not in UNTOLD)
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _columns(run: _Run, step: str) -> list[str]:
+    return run.table(step).column_names
+
+
+def _examples(frame: DataFrame, count: int) -> list[Example]:
+    """A fixed draw of samples: keys are hashes."""
+    columns = ["id", "caption", "tags", *(["detail"] if "detail" in frame.column_names else [])]
+    rows = frame.select("key", *columns).sort("key").limit(count).to_pylist()
+    return [Example(row["id"], row["caption"] or "", row.get("detail") or "", row["tags"] or ()) for row in rows]
+
+
+def _reasons(run: _Run) -> Iterator[Reason]:
+    """Why samples left, step by step."""
+    told = 0
+    for done in run.finished:
+        for text, count in done.reasons.items():
+            leaving = run.table(done.name).where(col("reason") == lit(text))
+            yield Reason(done.name, text, count, _examples(leaving, EXAMPLES) if told < REASONS else [])
+            told += 1
+        if done is run.finished[-1] and "copies" in _columns(run, done.name):
+            copied = run.kept(done.name).where(col("copies") > lit(1))
+            count = copied.count_rows()
+            if count:
+                yield Reason("balance", COPIED, count, _examples(copied, EXAMPLES))
+
+
+def _groups(run: _Run) -> list[tuple[str, Mapping[str, Any], Sequence[Sequence[Example]]]]:
+    """Of each step that looks for duplicates: its name, what it told, and the samples of some groups."""
+    found: list[tuple[str, Mapping[str, Any], Sequence[Sequence[Example]]]] = []
+    for done in run.finished:
+        listed = [ids[:GROUP] for ids in done.facts.get("examples", [])[:GROUPS]] if "groups" in done.facts else []
+        if not listed:
+            continue
+        ids = [id for group in listed for id in group]
+        rows = run.table(done.name).where(col("id").is_in(ids)).select("id", "caption", "reason").to_pylist()
+        known = {row["id"]: Example(row["id"], row["caption"], row["reason"] or "") for row in rows}
+        groups = [[known[id] for id in group if id in known] for group in listed]
+        found.append((done.name, done.facts, groups))
+    return found
+
+
+def _captions(run: _Run) -> dict[str, Any]:
+    """Captions before and after: their lengths, and some that changed."""
+    before, after = run.table("read"), run.table("clean_text")
+    pairs = before.select("key", col("caption").alias("was")).join(after.select("key", "id", "caption"), on="key")
+    changed = pairs.where(col("was") != col("caption"))
+    series = [("as read", figures.caption_lengths(before)), ("in the shards", figures.caption_lengths(_last(run)))]
+    return {
+        "changed": changed.sort("key").limit(CHANGED).to_pylist(),
+        "lengths": charts.histogram(
+            figures.length_bins(),
+            series,
+            description="Lengths of captions as read and in the shards",
+            name="characters",
+        ),
+    }
+
+
+def _last(run: _Run) -> DataFrame:
+    return run.kept(run.finished[-1].name)
+
+
+def _tags(run: _Run) -> dict[str, Any]:
+    """Tags before and after: how often they occur, and the most frequent ones."""
+    before, after = run.table("read"), _last(run)
+    was, now = figures.spectrum(before, "tags"), figures.spectrum(after, "tags")
+    drawn = figures.spectrum(after, "tags", copies=True)
+    curves = [("as read", was.points()), ("in the shards", now.points())]
+    if drawn != now:
+        curves.append(("in the shards, with copies", drawn.points()))
+    top = figures.most_frequent(before, "tags", TOP)
+    left = figures.occurrences(after, "tags", [tag for tag, _ in top])
+    return {
+        "was": was,
+        "now": now,
+        "chart": charts.rank_chart(curves, description="How often tags occur, by rank, as read and in the shards"),
+        "before": [(tag, times, left.get(tag, 0)) for tag, times in top],
+        "after": figures.most_frequent(after, "tags", TOP),
+    }
+
+
+def _entries(run: _Run) -> dict[str, Any] | None:
+    """Entries of the metadata before and after balancing; None where nothing was matched."""
+    if "entries" not in _columns(run, "match"):
+        return None
+    was = figures.spectrum(run.kept("match"), "entries")
+    now = figures.spectrum(run.kept("balance"), "entries", copies=True)
+    if not was.items:
+        return None
+    threshold = run.facts["balance"].get("captions", {}).get("threshold") or 0
+    mark = (f"t = {threshold:,}", float(threshold)) if threshold else None
+    curves = [("before balancing", was.points()), ("after, with copies", now.points())]
+    description = "How often entries of the metadata are matched, by rank, before and after balancing"
+    return {
+        "was": was,
+        "now": now,
+        "threshold": threshold,
+        "chart": charts.rank_chart(curves, description=description, mark=mark),
+    }
+
+
+def _media(run: _Run) -> list[dict[str, Any]]:
+    """Images and clips: how many were decoded, how many frames clips have, why they left."""
+    frame = run.table("decode")
+    if "frames" not in frame.column_names:
+        return []
+    counts = [
+        col("id").count().alias("samples"),
+        col("frames").min().alias("fewest"),
+        col("frames").mean().alias("mean"),
+        col("frames").max().alias("most"),
+    ]
+    return list(frame.groupby("media", "reason").agg(*counts).sort(["media", "reason"]).to_pylist())
+
+
+def _sources(run: _Run) -> list[dict[str, Any]]:
+    """Rows read and samples kept of every set."""
+    now = {row["source"]: row for row in figures.numbers(_last(run), "source")}
+    nothing = {"samples": 0, "drawn": 0}
+    return [
+        {"source": row["source"], "rows": row["samples"], **{k: now.get(row["source"], nothing)[k] for k in nothing}}
+        for row in figures.numbers(run.table("read"), "source")
+    ]

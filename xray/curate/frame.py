@@ -36,9 +36,11 @@ MEASURES: dict[str, DataType] = {
     "width": NUMBER,
     "height": NUMBER,
     "frames": NUMBER,
+    "data_size": DataType.int64(),  # bytes of the encoded media
     "pixels": TEXT,  # digest of all frames: equal pixels, equal digest; null if nothing was decoded
 }
 # what later steps add
+SCORED = {"agreement": DataType.float32()}  # agreement: of caption and media, in standard deviations above chance
 MATCHED = {"entries": DataType.list(NUMBER)}  # match: numbers of the metadata's entries in the caption
 BALANCED = {"probability": DataType.float64(), "copies": NUMBER}  # balance: expected copies, and copies drawn
 SPLIT = {"split": TEXT}

@@ -46,13 +46,14 @@ from xray.curate import (
 )
 from xray.curate.frame import kept
 from xray.curate.settings import Settings
-from xray.curate.step import DONE, ROWS, SCRATCH, Context, Finished, Step, load, stored
+from xray.curate.step import DONE, FOLDER, ROWS, SCRATCH, Context, Finished, Step, load, stored
 from xray.data.errors import DataError
 from xray.data.shards import INDEX, LEDGER, folder_errors
 
-FOLDER = "steps"
 RUN = "run.json"
 CARD = "card.html"
+# ENOSPC, EDQUOT and EFBIG as Rust words them
+FULL_DISK = ("os error 28", "os error 122", "os error 27", "No space left")
 STEPS: tuple[Step, ...] = (
     read.STEP,
     media.STEP,
@@ -130,7 +131,7 @@ def curate(source: str | Path, out: str | Path, settings: Settings | None = None
             finished.append(load(folder))
             if finished[-1].rows_out == 0:
                 raise DataError(f"nothing of {source} is left after {step.name}; {_why(finished)}")
-        _publish(out, source, folders, finished)
+        _publish(out, source, settings, folders, finished)
         _remove_others(out / FOLDER, set(folders.values()))
     return Curated(out, finished, computed)
 
@@ -184,7 +185,9 @@ def _why(finished: Sequence[Finished]) -> str:
     return f"dropped: {', '.join(reasons)}" if reasons else "it is empty"
 
 
-def _publish(out: Path, source: str, folders: dict[str, Path], finished: Sequence[Finished]) -> None:
+def _publish(
+    out: Path, source: str, settings: Settings, folders: dict[str, Path], finished: Sequence[Finished]
+) -> None:
     """Put the last step's shards, the ledger, the card and, last of all, the index into `out`."""
     mark = out / FOLDER / "published.json"
     fingerprint = json.dumps(finished[-1].fingerprint)
@@ -196,7 +199,7 @@ def _publish(out: Path, source: str, folders: dict[str, Path], finished: Sequenc
     for shard in sorted(made.glob("*.tar")):
         _link(shard, out / shard.name)
     ledger.write(out / LEDGER, folders)
-    card.write(out / CARD, source, folders, finished)
+    card.write(out / CARD, source, settings, folders, finished)
     _link(made / INDEX, out / INDEX)
     mark.write_text(fingerprint)
 
@@ -258,7 +261,7 @@ def _engine_errors(out: Path) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        if any(sign in str(error) for sign in ("No space left", "os error 28", "os error 122")):
+        if any(sign in str(error) for sign in FULL_DISK):
             raise DataError(f"no space is left to write {out}; free some or name another folder") from error
         raise
 

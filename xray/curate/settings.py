@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from xray.data.decoding import MAX_PIXELS
 from xray.data.errors import DataError
 from xray.data.shards import JPEG_SIDE, SHARD_BYTES
-
-WITHOUT_EFFECT = ("engine", "address", "num_workers", "progress")  # on what comes out
 
 
 @dataclass(frozen=True)
@@ -134,4 +132,3 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("test_share", 0, 1),
     ("shard_bytes", 1, MANY),
 )
-NAMES = tuple(field.name for field in fields(Settings))

@@ -12,7 +12,9 @@ from daft import DataFrame
 
 from xray.curate import engine
 from xray.curate.settings import Settings
+from xray.data.errors import DataError
 
+FOLDER = "steps"  # of a curation's output: a folder for each step
 DONE = "done.json"
 ROWS = "rows"
 SCRATCH = "scratch"
@@ -115,3 +117,23 @@ def written(frame: DataFrame, folder: Path) -> DataFrame:
 def stored(folder: Path) -> DataFrame:
     """The frame of the Parquet files in `folder`."""
     return engine.daft.read_parquet([str(path) for path in sorted(folder.rglob("*.parquet"))])
+
+
+def step_folders(out: str | Path) -> dict[str, Path]:
+    """The folders of a curation's finished steps, by name and in order.
+
+    Raises:
+        DataError: `out` holds no curation, or two of which one did not finish.
+    """
+    found: dict[str, Path] = {}
+    for folder in sorted((Path(out) / FOLDER).glob("[0-9]*-*-*")):
+        try:
+            name = load(folder).name
+        except (OSError, ValueError):
+            continue
+        if name in found:
+            raise DataError(f"{out} holds a curation that was stopped on its way to other settings; finish it first")
+        found[name] = folder
+    if not found:
+        raise DataError(f"{out} holds no curation; name a folder that `xray curate` made")
+    return found

@@ -9,13 +9,12 @@ from xray.data import transforms
 from xray.data.batches import Batch, loader, sequential, skipped
 from xray.data.dataset import Dataset, Sample
 from xray.data.decoding import decode
-from xray.data.demo_set import prepare_demo
 from xray.data.errors import DataError, DecodeError, SourceUnavailable
 from xray.data.packing import Packed, pack
 from xray.data.shapes import generated
 from xray.data.sources import SOURCES, default_cache, fetch
 from xray.data.streams import Stream, parse_sources, stream_loader
-from xray.data.tokenizer import Tokenizer
+from xray.data.tokenizer import Tokenizer, with_tags
 
 __all__ = [
     "SOURCES",
@@ -35,9 +34,9 @@ __all__ = [
     "loader",
     "pack",
     "parse_sources",
-    "prepare_demo",
     "sequential",
     "skipped",
     "stream_loader",
     "transforms",
+    "with_tags",
 ]

@@ -110,7 +110,7 @@ class Cleaner:
         found = self._identity_by_looks(seen.shape)
         identity = identity or found or f"looks:{seen.shape:016x}"
         for other, shape, colours in self._kept[identity]:
-            if _alike(seen, shape, colours):
+            if alike(seen, shape, colours):
                 return Verdict(step="near_duplicate", reason=f"nearly the same picture as {other}")
         self._kept[identity].append((id, seen.shape, seen.colours))
         if (seen.shape, identity) not in self._looks:
@@ -133,7 +133,8 @@ def _bands(shape: int) -> list[tuple[int, int]]:
     return [(band, shape >> (band * width) & (2**width - 1)) for band in range(BANDS)]
 
 
-def _alike(seen: Looks, shape: int, colours: np.ndarray) -> bool:
+def alike(seen: Looks, shape: int, colours: np.ndarray) -> bool:
+    """Whether what was seen is a near duplicate of what has this hash and these colours."""
     if (seen.shape ^ shape).bit_count() > MAX_BITS or seen.colours.shape != colours.shape:
         return False
     difference = np.abs(seen.colours.astype(np.int16) - colours)

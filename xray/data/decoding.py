@@ -96,6 +96,15 @@ def spread(count: int, wanted: int) -> list[int]:
     return [(2 * step + 1) * count // (2 * wanted) for step in range(wanted)]
 
 
+def shrink(frames: np.ndarray, max_side: int) -> np.ndarray:
+    """Frames, uint8 (T, H, W, 3), whose longer side is at most `max_side` pixels; smaller ones as they are."""
+    from PIL import Image
+
+    if max(frames.shape[1:3]) <= max_side:
+        return frames
+    return np.stack([_upright_rgb(Image.fromarray(frame), max_side) for frame in frames])
+
+
 def _video_container(data: bytes) -> str | None:
     """FFmpeg's name of the container by signature, or None.
 

@@ -3,6 +3,7 @@
 openclipart         6,900 clip-art images with titles and tags, public domain (Debian)
 fluent-emoji-anim   3,391 animated emoji as clips, some still, MIT (npm); named by emojibase
 emojibase           names, tags and groups of emoji, MIT (npm)
+wordnet             names of things and how they are related, Princeton's WordNet 3.0 licence (Debian)
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from xray.data import emoji, openclipart
+from xray.data.archives import open_deb, unpack
 from xray.data.download import Download, apt, npm
 from xray.data.errors import DataError
 from xray.data.shards import folder_errors
@@ -31,12 +33,12 @@ def fetch(name: str, cache: str | Path | None = None, progress: bool = True) -> 
     """Bring a public set into the cache, or find it there.
 
     Args:
-        name: "openclipart", "fluent-emoji-anim" or "emojibase".
+        name: "openclipart", "fluent-emoji-anim", "emojibase" or "wordnet".
         cache: folder for downloads and unpacked sets; None takes `default_cache()`.
         progress: say on stderr what is being done.
 
     Returns:
-        The set's folder; `pack` takes it (emojibase holds names only, no pictures).
+        The set's folder; `pack` takes it (emojibase and wordnet hold names only, no pictures).
 
     Raises:
         DataError: an unknown name, or a cache that cannot be written.
@@ -85,10 +87,23 @@ def _emojibase(cache: Path, progress: bool) -> Path:
     return _make(cache, "emojibase", [download], lambda folder: emoji.unpack_names(download[0], folder), progress)
 
 
+def _wordnet(cache: Path, progress: bool) -> Path:
+    download = apt("wordnet-base", cache, progress=progress)
+    return _make(cache, "wordnet", [download], lambda folder: _unpack_wordnet(download[0], folder), progress)
+
+
+def _unpack_wordnet(package: Path, folder: Path) -> None:
+    """The database's files and its licence, without folders."""
+    wanted = (PurePosixPath("usr/share/wordnet"), PurePosixPath("usr/share/doc/wordnet-base/copyright"))
+    with open_deb(package) as tar:
+        unpack(tar, folder, lambda path: PurePosixPath(path.name) if {path, path.parent} & set(wanted) else None)
+
+
 SOURCES: dict[str, Callable[[Path, bool], Path]] = {
     "openclipart": _openclipart,
     "fluent-emoji-anim": _fluent_emoji,
     "emojibase": _emojibase,
+    "wordnet": _wordnet,
 }
 
 

@@ -132,6 +132,16 @@ class Tokenizer:
         return self._inner.decode(values, skip_special_tokens=True).strip()
 
 
+def with_tags(pairs: Iterable[tuple[str, Sequence[str]]], most: int) -> list[str]:
+    """Captions, each with up to `most` of its tags that it does not say already: "red heart, love, card"."""
+    texts = []
+    for caption, tags in pairs:
+        spoken = caption.casefold()
+        unspoken = [tag for tag in tags if tag.casefold() not in spoken]
+        texts.append(", ".join(part for part in [caption, *unspoken[:most]] if part))
+    return texts
+
+
 def _special(inner: tokenizers.Tokenizer, token: str) -> int:
     number = inner.token_to_id(token)
     if number is None:

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,33 +12,38 @@ import torch
 
 from xray.data import Dataset
 from xray.data.dataset import SPLITS
-from xray.data.demo_set import SETS
-from xray.data.shards import read_facts, read_ledger
+from xray.data.shards import COPIED, read_ledger
 
 PACKAGES = ("torch", "numpy", "pillow", "av", "pyarrow", "tokenizers", "safetensors", "triton")
 
 
-def dataset(folder: str | Path) -> dict[str, Any]:
-    """What a packed dataset holds and what was left out of it.
+def dataset(folder: str | Path, missing: Sequence[str] = ()) -> dict[str, Any]:
+    """What a packed or curated dataset holds and what was left out of it.
+
+    Args:
+        folder: of the dataset.
+        missing: public sets that could not be reached.
 
     Returns:
         Samples as ``train``, ``test``, ``train_clips``, ``test_clips``; ``dropped``, ``dropped_by_reason``;
-        and ``sources``, a list of ``{"name", "used", "train", "test", "reason"}`` that also names the public
-        sets of the demo that could not be reached.
+        and ``sources``, a list of ``{"name", "used", "train", "test", "reason"}`` that also names what is missing.
     """
     everything = Dataset(folder, None)
     splits, media = everything.column("split"), everything.column("media")
     kinds = Counter(zip(splits, media, strict=True))
     sources = Counter(zip(everything.column("source"), splits, strict=True))
-    dropped = Counter(step.replace("_", " ") for step in read_ledger(folder)["step"].to_pylist())
+    ledger = read_ledger(folder)
+    dropped = Counter(
+        step.replace("_", " ")
+        for step, reason in zip(ledger["step"].to_pylist(), ledger["reason"].to_pylist(), strict=True)
+        if reason != COPIED
+    )
     rows = [
         {"name": name, "used": True, "reason": "", **{split: sources[name, split] for split in SPLITS}}
         for name in sorted({name for name, _ in sources})
     ]
-    if "demo" in read_facts(folder):
-        reason = "could not be reached; generated shapes stand in"
-        missing = [name for name in SETS if not any(row["name"] == name for row in rows)]
-        rows += [{"name": name, "used": False, "reason": reason, "train": 0, "test": 0} for name in missing]
+    reason = "could not be reached; generated shapes stand in"
+    rows += [{"name": name, "used": False, "reason": reason, "train": 0, "test": 0} for name in missing]
     return {
         "train": splits.count("train"),
         "test": splits.count("test"),

@@ -95,19 +95,9 @@ def learn(recipe: Recipe, texts: Iterable[tuple[str, Sequence[str]]]) -> dict[st
             )
         return {"tags": json.dumps(sorted(tags, key=lambda tag: (-counts[tag], tag)), ensure_ascii=False)}
     if recipe.task == "clip":
-        captions = with_tags(islice(texts, MOST_CAPTIONS), recipe.caption_tags)
+        captions = data.with_tags(islice(texts, MOST_CAPTIONS), recipe.caption_tags)
         return {"tokenizer": data.Tokenizer.train(captions, recipe.vocab_size).to_json()}
     return {}
-
-
-def with_tags(pairs: Iterable[tuple[str, Sequence[str]]], most: int) -> list[str]:
-    """Captions, each with up to `most` of its tags that it does not say already: "red heart, love, card"."""
-    texts = []
-    for caption, tags in pairs:
-        spoken = caption.casefold()
-        unspoken = [tag for tag in tags if tag.casefold() not in spoken]
-        texts.append(", ".join(part for part in [caption, *unspoken[:most]] if part))
-    return texts
 
 
 def shortened(texts: Sequence[str], tags: Sequence[Sequence[str]], share: float, draws: np.ndarray) -> list[str]:
@@ -287,7 +277,7 @@ class ClipTask(Task):
 
     def inputs(self, batch: data.Batch, seed: int, first: int = 0, total: int | None = None) -> dict[str, Any]:
         """Pixels and tokenised captions."""
-        texts = with_tags(zip(batch.captions, batch.tags, strict=True), self.caption_tags)
+        texts = data.with_tags(zip(batch.captions, batch.tags, strict=True), self.caption_tags)
         texts = shortened(texts, batch.tags, self.short_texts, uniform_rows(seed, first, len(batch), 2))
         token_ids, lengths = self.tokenizer(texts, self.context_length)
         return {"pixels": batch.pixels, "token_ids": token_ids, "lengths": lengths}
