@@ -62,7 +62,7 @@ RULES: tuple[tuple[str, str, str], ...] = (
 # joiners shape the letters of these scripts: Arabic to N'Ko, the Indic ones, Myanmar, Khmer, Mongolian, Balinese
 _JOINED = r"\u0600-\u08ff\u0900-\u0dff\u1000-\u109f\u1780-\u18af\u1a20-\u1b7f\ua840-\uabff\ufb50-\ufdff\ufe70-\ufefc"
 _EMOJI = r"\u00a9\u00ae\u203c-\u3299\U0001f000-\U0001faff"
-_JOINER = re.compile(
+JOINER = re.compile(
     rf"((?<=[{_JOINED}])[\u200c\u200d](?=[{_JOINED}])|(?<=[{_EMOJI}\ufe0f])\u200d(?=[{_EMOJI}]))|[\u200c\u200d]"
 )
 _FLAG = re.compile(r"(\U0001f3f4[\U000e0020-\U000e007e]{1,8}\U000e007f)|[\U000e0000-\U000e007f]")  # of a region
@@ -122,7 +122,7 @@ def _mended(text: str) -> str:
 
 def _careful(text: str) -> str:
     """What needs to look at neighbours, or back."""
-    text = _JOINER.sub(r"\1", text)
+    text = JOINER.sub(r"\1", text)
     text = _FLAG.sub(r"\1", text)
     return _REPEATED.sub(lambda run: "..." if run[1] == "." else run[1], text)
 

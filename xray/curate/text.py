@@ -35,7 +35,7 @@ def clean_text(frame: DataFrame | None, context: Context) -> DataFrame:
     frame = keeping(frame).with_columns(
         {"original": col("caption"), "caption": cast(Expression, cleaned(col("caption"), settings.max_caption))}
     )
-    frame = context.keep(frame.with_column("text", cast(Expression, normalised(col("caption")))), "cleaned")
+    frame = context.keep(frame.with_column("text", normalised(col("caption"))), "cleaned")
     sources = _counts(frame, "source")
     boilerplate = find_boilerplate(frame, settings, sum(sources.values()))
     affixes = find_affixes(frame, settings, sources) if sources else []
@@ -63,7 +63,7 @@ def clean_text(frame: DataFrame | None, context: Context) -> DataFrame:
     frame = frame.exclude("original", "replaced")
     if not wanted:
         return frame
-    frame = frame.with_column("language", cast(Expression, language_of(col("caption"))))
+    frame = frame.with_column("language", language_of(col("caption")))
     other = ~col("language").is_in([*wanted, ""])
     return drop(frame, other, OTHER_LANGUAGE, col("language")).exclude("language")
 
