@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import json
@@ -28,6 +29,9 @@ from xray import data
 from xray.data import batches, readers, shard_files
 from xray.data.readers import Reader
 from xray.data.shards import Entry, ShardWriter, encode
+from xray.train import recipes
+from xray.train.distributed import World
+from xray.train.sources import open_source
 
 AUGMENT = data.transforms.train(8, 2)
 
@@ -218,6 +222,26 @@ def test_split_media_and_tags_choose_samples(sets: tuple[Path, Path], tmp_path: 
     assert {batch.media for batch in run(data.Stream(str(sets[0]), media="image"), 3, clip_fraction=0.9)} == {"image"}
     with pytest.raises(data.DataError, match=r"reader 0 finds no image in .*large; choose other sources"):
         run(data.Stream(str(sets[0]), min_tags=3), 1)
+
+
+def test_samples_without_a_caption_stay_away_where_captions_are_wanted(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", shard_bytes=8_000) as writer:
+        for number in range(12):
+            frames = np.random.default_rng(number).integers(0, 256, (1, 8, 8, 3), np.uint8)
+            content, extension = encode(frames, "image")
+            writer.add(Entry(f"{number}", "image", extension, ("", " ", "a dog")[number % 3]), content)
+    plain, captioned = (data.Stream(str(tmp_path / "set"), captioned=wanted) for wanted in (False, True))
+    assert {caption for batch in run(plain, 6, 4) for caption in batch.captions} == {"", " ", "a dog"}
+    assert {caption for batch in run(captioned, 6, 4) for caption in batch.captions} == {"a dog"}
+    assert plain.fingerprint != captioned.fingerprint
+    assert [len(list(stream.texts(100))) for stream in (plain, captioned)] == [12, 4]
+    assert data.Dataset(tmp_path / "set").column("id") == [str(number) for number in range(12)]
+    assert data.Dataset(tmp_path / "set", captioned=True).column("id") == ["2", "5", "8", "11"]
+    place = World(0, 1, torch.device("cpu"))
+    for recipe, count in ((recipes.mae_tiny(), 12), (recipes.clip_tiny(), 4)):
+        for stream in (False, True):
+            recipe = dataclasses.replace(recipe, data=str(tmp_path / "set"), stream=stream)
+            assert len(list(open_source(recipe, tmp_path, place).texts())) == count
 
 
 def test_texts_come_from_all_sources_in_turn(sets: tuple[Path, Path]) -> None:

@@ -36,6 +36,7 @@ MEASURES: dict[str, DataType] = {
     "width": NUMBER,
     "height": NUMBER,
     "frames": NUMBER,
+    "data_size": DataType.int64(),  # bytes of the encoded media
     "pixels": TEXT,  # digest of all frames: equal pixels, equal digest; null if nothing was decoded
 }
 # what later steps add

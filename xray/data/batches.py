@@ -110,7 +110,7 @@ def loader(
     places = {media: _places(datasets, media) for media in ("image", "clip")}
     if not len(places["image"]) and not len(places["clip"]):
         raise DataError(
-            "the datasets hold no sample to make batches of; name others or loosen split, media and min_tags"
+            "the datasets hold no sample to make batches of; name others or loosen split, media, min_tags and captioned"
         )
     if not len(places["image"]):
         clip_fraction = 1.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -67,8 +68,10 @@ def looks(frames: np.ndarray) -> Looks:
 
 def is_blank(frames: np.ndarray) -> bool:
     """Whether frames, uint8 (T, H, W, 3), are all of one colour."""
-    low, high = frames.min(axis=(0, 1, 2)), frames.max(axis=(0, 1, 2))
-    return bool((high - low < BLANK_RANGE).all())
+    from PIL import Image
+
+    strip = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
+    return all(high - low < BLANK_RANGE for low, high in cast(Any, strip.getextrema()))
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Cleaner:
         found = self._identity_by_looks(seen.shape)
         identity = identity or found or f"looks:{seen.shape:016x}"
         for other, shape, colours in self._kept[identity]:
-            if _alike(seen, shape, colours):
+            if alike(seen, shape, colours):
                 return Verdict(step="near_duplicate", reason=f"nearly the same picture as {other}")
         self._kept[identity].append((id, seen.shape, seen.colours))
         if (seen.shape, identity) not in self._looks:
@@ -133,7 +136,8 @@ def _bands(shape: int) -> list[tuple[int, int]]:
     return [(band, shape >> (band * width) & (2**width - 1)) for band in range(BANDS)]
 
 
-def _alike(seen: Looks, shape: int, colours: np.ndarray) -> bool:
+def alike(seen: Looks, shape: int, colours: np.ndarray) -> bool:
+    """Whether what was seen is a near duplicate of what has this hash and these colours."""
     if (seen.shape ^ shape).bit_count() > MAX_BITS or seen.colours.shape != colours.shape:
         return False
     difference = np.abs(seen.colours.astype(np.int16) - colours)

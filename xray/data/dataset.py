@@ -64,13 +64,14 @@ class Dataset:
         media: "image", "clip", or None for both.
         min_tags: keep only samples with at least this many tags.
         source: keep only samples from this source; None for all.
+        captioned: keep only samples with a caption.
 
     Attributes:
         root: the folder.
         index: a pyarrow Table with the rows kept, in index order (see `shards.Entry` for the columns).
 
     Raises:
-        DataError: an unknown split or media, or a folder without a readable index.
+        DataError: an unknown split or media, a folder without a readable index, or a dataset without media.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Dataset:
         min_tags: int = 0,
         *,
         source: str | None = None,
+        captioned: bool = False,
     ) -> None:
         import pyarrow.compute as pc
 
@@ -90,11 +92,15 @@ class Dataset:
             raise DataError(f"media is {media!r}; one of {', '.join(MEDIA)} or None is needed")
         self.root = Path(root)
         table = read_index(self.root)
+        if pc.any(pc.equal(table["shard"], "")).as_py():
+            raise DataError(f"{self.root} holds no media, only what is said of it; a source with media is needed")
         for column, wanted in (("split", split), ("media", media), ("source", source)):
             if wanted is not None:
                 table = table.filter(pc.equal(table[column], wanted))
         if min_tags > 0:
             table = table.filter(pc.greater_equal(pc.list_value_length(table["tags"]), min_tags))
+        if captioned:
+            table = table.filter(pc.not_equal(pc.utf8_trim_whitespace(table["caption"]), ""))
         self.index: pa.Table = table.combine_chunks()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()

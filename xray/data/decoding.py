@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000  # of one frame: 8,000 x 8,000
 MAX_CLIP_FRAMES = 9_000  # five minutes at 30 frames a second; longer videos are to be cut into clips first
+ORIENTATION = 0x0112  # of EXIF
 IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 
 
@@ -96,6 +97,15 @@ def spread(count: int, wanted: int) -> list[int]:
     return [(2 * step + 1) * count // (2 * wanted) for step in range(wanted)]
 
 
+def shrink(frames: np.ndarray, max_side: int) -> np.ndarray:
+    """Frames, uint8 (T, H, W, 3), whose longer side is at most `max_side` pixels; smaller ones as they are."""
+    from PIL import Image
+
+    if max(frames.shape[1:3]) <= max_side:
+        return frames
+    return np.stack([_upright_rgb(Image.fromarray(frame), max_side) for frame in frames])
+
+
 def _video_container(data: bytes) -> str | None:
     """FFmpeg's name of the container by signature, or None.
 
@@ -132,7 +142,7 @@ def _decode_image(
     with image:
         width, height = image.size
         _check_size(width, height, max_pixels)
-        if image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 swap the sides
+        if image.getexif().get(ORIENTATION, 1) >= 5:  # orientations 5 to 8 swap the sides
             width, height = height, width
         lossy = image.format == "JPEG"
         count = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP") and not still else 1
@@ -163,13 +173,16 @@ def _upright_rgb(image: Image.Image, max_side: int | None, trim: bool = False) -
     """One Pillow frame as uint8 (H, W, 3): shrunk, upright, transparency on white."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:  # Pillow copies even what stands upright
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     transparent = image.has_transparency_data
     image = image.convert("RGBA" if transparent else "RGB")
     if trim and transparent:
-        image = image.crop(image.getchannel("A").getbbox())
+        box = image.getchannel("A").getbbox()
+        if box != (0, 0, *image.size):
+            image = image.crop(box)
     if max_side is not None and max(image.size) > max_side:
         image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
     if transparent:

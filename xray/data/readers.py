@@ -245,7 +245,7 @@ class Shuffle:
                     return self._draw_source()
                 raise DataError(
                     f"reader {self.reader} finds no {self.media} in {', '.join(self.stream.sources)}; choose other "
-                    f"sources or another clip_fraction, or loosen split, media and min_tags"
+                    f"sources or another clip_fraction, or loosen split, media, min_tags and captioned"
                 )
             self._bounds = np.cumsum(weights).tolist()
         return bisect(self._bounds, self.random.random() * self._bounds[-1])
@@ -329,7 +329,7 @@ class Reader:
         if header["stream"] != self.stream.fingerprint:
             raise DataError(
                 "the state is of another stream: to go on, sources and their shards, seed, shuffle_buffer, split, "
-                "media and min_tags must be those it began with"
+                "media, min_tags and captioned must be those it began with"
             )
         if (header["reader"], header["step"]) != (self.number, start_step):
             raise DataError(

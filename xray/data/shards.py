@@ -8,6 +8,7 @@ single samples at random.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -15,6 +16,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -42,7 +44,11 @@ STRIP_PIXELS = 4 * MAX_PIXELS
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index says of a sample, less its place in the shards; one row of `index.parquet`."""
+    """What the index says of a sample, less its place in the shards; one row of `index.parquet`.
+
+    `probability` is the number of copies that balancing expects of a sample; a sampler that divides by it undoes the
+    balancing.
+    """
 
     id: str
     media: str
@@ -56,6 +62,7 @@ class Entry:
     width: int = 0
     height: int = 0
     frames: int = 1
+    probability: float = 1.0
 
 
 def index_schema() -> pa.Schema:
@@ -67,6 +74,7 @@ def index_schema() -> pa.Schema:
     columns += [("media", text), ("extension", text), ("caption", text), ("tags", pa.list_(text))]
     columns += [("label", text), ("split", text), ("source", text), ("identity", text)]
     columns += [("width", number), ("height", number), ("frames", number)]
+    columns += [("probability", pa.float64())]
     return pa.schema(columns)
 
 
@@ -148,6 +156,71 @@ def folder_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+def shard_name(number: int) -> str:
+    """The file name of a dataset's shard."""
+    return f"shard-{number:05d}.tar"
+
+
+class Shard:
+    """A tar file that is being written; it has its name once the `with` block ends without an error.
+
+    The same samples in the same order give the same bytes.
+
+    Args:
+        path: the file to make, in a folder that is there; what has the name already is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        self._tar = tarfile.open(self._draft, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._tar.offset
+
+    def add(self, key: str, entry: Entry, data: bytes) -> int:
+        """Append one sample: its media bytes, and its entry as JSON beside them.
+
+        Returns:
+            The offset of the media bytes in the file.
+        """
+        offset = self._append(f"{key}.{entry.extension}", data)
+        self._append(f"{key}.json", json.dumps(asdict(entry), sort_keys=True, ensure_ascii=False).encode())
+        return offset
+
+    def close(self) -> None:
+        """Give the file its name."""
+        self._tar.close()
+        os.replace(self._draft, self.path)
+
+    def discard(self) -> None:
+        """Remove what is not closed."""
+        with contextlib.suppress(OSError):
+            self._tar.close()
+        self._draft.unlink(missing_ok=True)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.discard()
+
+    def _append(self, name: str, data: bytes) -> int:
+        """Add a member and return the offset of its bytes in the shard."""
+        member = tarfile.TarInfo(name)  # owner, group and time stay 0: the bytes depend on the input only
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+        return self._tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
 class ShardWriter:
     """Writes a dataset folder that appears complete or not at all.
 
@@ -171,7 +244,7 @@ class ShardWriter:
         self.facts = dict(facts or {})
         self.entries: list[tuple[Entry, str, int, int]] = []
         self.dropped: list[tuple[str, str, str]] = []
-        self._shard: tarfile.TarFile | None = None
+        self._shard: Shard | None = None
         self._shards = 0
 
     def __enter__(self) -> ShardWriter:
@@ -186,29 +259,17 @@ class ShardWriter:
         """Append one sample: its media bytes, and its entry as JSON beside them."""
         with folder_errors(self.out):
             if self._shard is None:
-                path = self._partial / f"shard-{self._shards:05d}.tar"
-                self._shard = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+                self._shard = Shard(self._partial / shard_name(self._shards))
                 self._shards += 1
-            key = f"{len(self.entries):08d}"
-            offset = self._append(f"{key}.{entry.extension}", data)
-            shard = f"shard-{self._shards - 1:05d}.tar"
-            self.entries.append((entry, shard, offset, len(data)))
-            self._append(f"{key}.json", json.dumps(asdict(entry), sort_keys=True, ensure_ascii=False).encode())
-            if self._shard.offset >= self.shard_bytes:
+            offset = self._shard.add(f"{len(self.entries):08d}", entry, data)
+            self.entries.append((entry, self._shard.path.name, offset, len(data)))
+            if self._shard.size >= self.shard_bytes:
                 self._shard.close()
                 self._shard = None
 
     def drop(self, id: str, step: str, reason: str) -> None:
         """Note in the ledger that the sample `id` was dropped, at which step and why."""
         self.dropped.append((id, step, reason))
-
-    def _append(self, name: str, data: bytes) -> int:
-        """Add a member and return the offset of its bytes in the shard."""
-        assert self._shard is not None
-        member = tarfile.TarInfo(name)  # owner, group and time stay 0: the bytes depend on the input only
-        member.size = len(data)
-        self._shard.addfile(member, io.BytesIO(data))
-        return self._shard.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -239,7 +300,7 @@ class ShardWriter:
 
 
 def read_index(root: str | Path) -> pa.Table:
-    """Read and check `root/index.parquet`.
+    """Read and check `root/index.parquet`. Samples without media have the shard "".
 
     Raises:
         DataError: no such folder, no index, an index that is damaged, lacks columns or names shards
@@ -261,11 +322,13 @@ def read_index(root: str | Path) -> pa.Table:
         raise
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet ({error}); pack the dataset again") from error
+    if "probability" not in table.column_names:  # written before there was balancing
+        table = table.append_column("probability", pa.array([1.0] * len(table), pa.float64()))
     missing = [name for name in index_schema().names if name not in table.column_names]
     if missing:
         raise DataError(f"{path} lacks the columns {', '.join(missing)}; pack the dataset again")
     for name in pc.unique(table["shard"]).to_pylist():
-        if not name or name != Path(name).name or name in (".", ".."):
+        if name != "" and (not name or name != Path(name).name or name in (".", "..")):
             raise DataError(f"{path} names a shard {name!r} outside its folder; pack the dataset again")
     return table.combine_chunks()
 

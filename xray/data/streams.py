@@ -73,6 +73,7 @@ class Stream:
         split: take only samples of this split, and those that say none; None for all.
         media: "image", "clip", or None for both.
         min_tags: take only samples with at least this many tags.
+        captioned: take only samples with a caption.
         read_timeout: seconds without a byte after which a shard is given up.
         max_side: images and clips are shrunk to this many pixels on the longer side when they are decoded.
         max_frames: frames kept of a clip, evenly spread.
@@ -98,6 +99,7 @@ class Stream:
         split: str | None = "train",
         media: str | None = None,
         min_tags: int = 0,
+        captioned: bool = False,
         read_timeout: float = 60.0,
         max_side: int = 512,
         max_frames: int = 16,
@@ -119,7 +121,7 @@ class Stream:
             raise DataError("sources is empty; a folder, path or address of tar shards is needed")
         self.weights = check_weights([1.0] * len(self.sources) if weights is None else weights, len(self.sources))
         self.seed, self.readers, self.shuffle_buffer = seed, readers, shuffle_buffer
-        self.split, self.media, self.min_tags = split, media, min_tags
+        self.split, self.media, self.min_tags, self.captioned = split, media, min_tags, captioned
         self.read_timeout, self.max_side, self.max_frames = read_timeout, max_side, max_frames
         self.shards = [list_shards(source) for source in self.sources]
         for source, shards in zip(self.sources, self.shards, strict=True):
@@ -138,18 +140,20 @@ class Stream:
     def fingerprint(self) -> str:
         """Of all that decides which samples come; the same where the shards only moved to another folder."""
         names = [[os.path.basename(shard) for shard in shards] for shards in self.shards]
-        facts = (VERSION, self.seed, self.readers, self.shuffle_buffer, self.split, self.media, self.min_tags, names)
+        wanted = (self.split, self.media, self.min_tags, *(["captioned"] if self.captioned else []))
+        facts = (VERSION, self.seed, self.readers, self.shuffle_buffer, *wanted, names)
         return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     def __repr__(self) -> str:
         return f"Stream({', '.join(self.sources)}: {self.num_shards} shards, {self.readers} readers)"
 
     def takes(self, record: Record) -> bool:
-        """Whether a sample is of the wanted split and media and has tags enough."""
+        """Whether a sample is of the wanted split and media and has the text that is wanted."""
         return (
             (self.split is None or record.split in ("", self.split))
             and (self.media is None or record.media == self.media)
             and len(record.tags) >= self.min_tags
+            and (not self.captioned or record.caption.strip() != "")
         )
 
     def texts(self, limit: int) -> Iterator[tuple[str, list[str]]]:

@@ -69,9 +69,8 @@ class Indexed:
             roots = [_generated(recipe, out, place)]
         else:
             roots = [Path(source) for source in data.parse_sources(recipe.data)]
-        media = "image" if recipe.task == "mae" else None
-        min_tags = 1 if recipe.task == "tags" else 0
-        self.datasets = [data.Dataset(root, "train", media=media, min_tags=min_tags) for root in roots]
+        wanted = _wanted(recipe)
+        self.datasets = [data.Dataset(root, "train", **wanted) for root in roots]
 
     def texts(self) -> Iterator[tuple[str, Sequence[str]]]:
         for dataset in self.datasets:
@@ -97,11 +96,10 @@ class Streamed:
             seed=recipe.seed,
             readers=num_readers(recipe, place.size),
             shuffle_buffer=recipe.shuffle_buffer,
-            media="image" if recipe.task == "mae" else None,
-            min_tags=1 if recipe.task == "tags" else 0,
             read_timeout=recipe.read_timeout,
             max_side=max(MOST_PIXELS, 2 * recipe.image_size),
             max_frames=max(MOST_FRAMES, recipe.num_frames),
+            **_wanted(recipe),
         )
 
     def texts(self) -> Iterator[tuple[str, Sequence[str]]]:
@@ -113,6 +111,15 @@ class Streamed:
     def __str__(self) -> str:
         shards, readers = self.stream.num_shards, self.stream.readers
         return f"{shards} shard{'s' * (shards > 1)} by {readers} reader{'s' * (readers > 1)}"
+
+
+def _wanted(recipe: Recipe) -> dict[str, Any]:
+    """Which samples a task can learn from: pictures, those with tags, those with a caption."""
+    return {
+        "media": "image" if recipe.task == "mae" else None,
+        "min_tags": 1 if recipe.task == "tags" else 0,
+        "captioned": recipe.task == "clip",
+    }
 
 
 def _loader_settings(recipe: Recipe, place: World, start_step: int) -> dict[str, Any]:
