@@ -35,6 +35,7 @@ AFFIX_HELD = 0.5  # share of the captions with the same first (or last) word tha
 AFFIX_ON = 0.2  # share of the captions with an opening that have the same next word: it belongs to it
 AFFIX_LONGER = 0.8  # share of them with the same further word: the shorter phrase is part of the longer
 AFFIX_SAMPLES = 200_000  # captions of each source that are looked at
+NUMBER = r"\b[0-9]+\b"  # by itself: "w1" and "w2" are words
 START, END = "start", "end"
 APART = "-"  # in the key of a phrase with punctuation between it and the rest
 SEPARATORS = r"[-|:;,.!?()\[\]/\x{2010}-\x{2015}\x{2022}\x{B7}\x{AB}\x{BB}]+"
@@ -43,9 +44,9 @@ _WORD = re.compile(r"\w+")
 
 
 def normal(texts: pa.Array) -> pa.Array:
-    """Texts as they are counted: lower case, numbers as 0, words and symbols that are no punctuation."""
+    """Texts as they are counted: lower case, numbers as 0, only words and symbols that are no punctuation."""
     texts = pc.utf8_lower(texts.cast(pa.large_string()))
-    texts = pc.replace_substring_regex(texts, r"\pN+", "0")
+    texts = pc.replace_substring_regex(texts, NUMBER, "0")
     texts = pc.replace_substring_regex(texts, r"[^\pL\pM\pN\p{So}]+", " ")
     return pc.utf8_trim_whitespace(texts)
 
@@ -168,7 +169,7 @@ def _says_nothing(row: Mapping[str, Any], share: float, others: Iterable[tuple[s
 def ends(captions: Series) -> Series:
     """Keys of the first and the last one to six words of each caption that has more."""
     texts = pc.utf8_lower(captions.to_arrow().cast(pa.large_string()))
-    for pattern, by in ((r"\pN+", "0"), (SEPARATORS, f" {APART} "), (rf"[^\pL\pM\pN\p{{So}}{APART}]+", " ")):
+    for pattern, by in ((NUMBER, "0"), (SEPARATORS, f" {APART} "), (rf"[^\pL\pM\pN\p{{So}}{APART}]+", " ")):
         texts = pc.replace_substring_regex(texts, pattern, by)
     return Series.from_arrow(pa.array(map(_ends, texts.to_pylist()), pa.large_list(pa.large_string())))
 
@@ -284,7 +285,7 @@ def pattern_of(affixes: Iterable[tuple[str, str]]) -> str:
     gap = r"[^\pL\pM\pN\p{So}]"
     parts = {START: list[str](), END: list[str]()}
     for end, words in affixes:
-        parts[end].append(f"{gap}+".join(r"\pN+".join(map(re.escape, word.split("0"))) for word in words.split()))
+        parts[end].append(f"{gap}+".join("[0-9]+" if word == "0" else re.escape(word) for word in words.split()))
     choice = {end: "|".join(sorted(some, key=lambda part: (-len(part), part))) for end, some in parts.items()}
     patterns = []
     if choice[START]:
