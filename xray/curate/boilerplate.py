@@ -29,20 +29,24 @@ COMMON = 0.01  # share of all samples
 DIVERSE = 0.25  # file names of different words for so many of them: it is a collection
 
 AFFIX_WORDS = 6
-AFFIX_SHARE = 0.02  # of a source's different captions
+AFFIX_SHARE = 0.005  # of a source's different captions, for phrases that punctuation sets apart
+OPENING_SHARE = 0.05  # for others, at the start only: "at night" ends many a true caption
 AFFIX_HELD = 0.5  # share of the captions with the same first (or last) word that go on alike
-AFFIX_ON = 0.2  # share of the captions with a phrase that have the same next word: it belongs to the phrase
+AFFIX_ON = 0.2  # share of the captions with an opening that have the same next word: it belongs to it
 AFFIX_LONGER = 0.8  # share of them with the same further word: the shorter phrase is part of the longer
 AFFIX_SAMPLES = 200_000  # captions of each source that are looked at
+NUMBER = r"\b[0-9]+\b"  # by itself: "w1" and "w2" are words
 START, END = "start", "end"
+APART = "-"  # in the key of a phrase with punctuation between it and the rest
+SEPARATORS = r"[-|:;,.!?()\[\]/\x{2010}-\x{2015}\x{2022}\x{B7}\x{AB}\x{BB}]+"
 
 _WORD = re.compile(r"\w+")
 
 
 def normal(texts: pa.Array) -> pa.Array:
-    """Texts as they are counted: lower case, numbers as 0, words and symbols that are no punctuation."""
+    """Texts as they are counted: lower case, numbers as 0, only words and symbols that are no punctuation."""
     texts = pc.utf8_lower(texts.cast(pa.large_string()))
-    texts = pc.replace_substring_regex(texts, r"\pN+", "0")
+    texts = pc.replace_substring_regex(texts, NUMBER, "0")
     texts = pc.replace_substring_regex(texts, r"[^\pL\pM\pN\p{So}]+", " ")
     return pc.utf8_trim_whitespace(texts)
 
@@ -59,7 +63,11 @@ def content_words(text: str) -> list[str]:
     """
     words = [word for word in dict.fromkeys(text.split()) if not word.isdigit()]
     long = [word for word in words if len(word) > 3 or not word.isascii()]
-    return [word if len(word) <= 4 else word[: max(4, len(word) - 2)] for word in long or words]
+    return [word[: max(4, len(word) - 2)] if len(word) > 4 else _stem(word) for word in long or words]
+
+
+def _stem(word: str) -> str:
+    return word[:3] if len(word) == 4 and word.endswith("s") else word
 
 
 def coverage(words: list[str], evidence: str) -> float:
@@ -158,16 +166,29 @@ def _says_nothing(row: Mapping[str, Any], share: float, others: Iterable[tuple[s
 
 
 @daft.func.batch(return_dtype=DataType.list(DataType.string()))
-def ends(texts: Series) -> Series:
-    """The first and the last one to six words of each caption that has more."""
-    rows = []
-    for text in texts.to_pylist():
-        words = text.split()
-        lengths = range(1, min(AFFIX_WORDS, len(words) - 1) + 1)
-        rows.append(
-            [f"{START} {' '.join(words[:k])}" for k in lengths] + [f"{END} {' '.join(words[-k:])}" for k in lengths]
-        )
-    return Series.from_arrow(pa.array(rows, pa.large_list(pa.large_string())))
+def ends(captions: Series) -> Series:
+    """Keys of the first and the last one to six words of each caption that has more."""
+    texts = pc.utf8_lower(captions.to_arrow().cast(pa.large_string()))
+    for pattern, by in ((NUMBER, "0"), (SEPARATORS, f" {APART} "), (rf"[^\pL\pM\pN\p{{So}}{APART}]+", " ")):
+        texts = pc.replace_substring_regex(texts, pattern, by)
+    return Series.from_arrow(pa.array(map(_ends, texts.to_pylist()), pa.large_list(pa.large_string())))
+
+
+def _ends(text: str) -> list[str]:
+    words: list[str] = []
+    gaps = set()  # numbers of the words with punctuation before them
+    for word in text.split():
+        if word == APART:
+            gaps.add(len(words))
+        else:
+            words.append(word)
+    keys = []
+    for length in range(1, min(AFFIX_WORDS, len(words) - 1) + 1):
+        for end, phrase, gap in ((START, words[:length], length), (END, words[-length:], len(words) - length)):
+            keys.append(f"{end} {' '.join(phrase)}")
+            if gap in gaps:
+                keys.append(f"{end}{APART} {' '.join(phrase)}")
+    return keys
 
 
 def find_affixes(frame: DataFrame, settings: Settings, sources: Mapping[str, int]) -> list[tuple[str, str, str, int]]:
@@ -188,21 +209,24 @@ def find_affixes(frame: DataFrame, settings: Settings, sources: Mapping[str, int
     }
     some = frame.join(daft.from_pydict(limits), on="source").where(col("key") <= col("limit"))
     texts = some.groupby("source").agg(col("text").count_distinct().alias("count")).to_pydict()
-    least = {
-        source: max(settings.boilerplate_count, AFFIX_SHARE * count)
-        for source, count in zip(texts["source"], texts["count"], strict=True)
-    }
-    some = some.with_column("affix", ends(col("text"))).explode("affix").where(~col("affix").is_null())
+    different = dict(zip(texts["source"], texts["count"], strict=True))
+    some = some.with_column("affix", ends(col("caption"))).explode("affix").where(~col("affix").is_null())
     counts = some.groupby("source", "affix").agg(col("text").count_distinct().alias("count"))
     counted: dict[str, dict[str, int]] = defaultdict(dict)
     for row in counts.where(col("count") > lit(settings.boilerplate_count)).to_pylist():
         counted[row["source"]][row["affix"]] = row["count"]
     found = []
     for source in sorted(counted):
-        held = {affix: n for affix, n in counted[source].items() if _is_affix(affix, counted[source], least[source])}
+        counts_ = counted[source]
+        held = {affix: n for affix, n in counts_.items() if _is_affix(affix, counts_, different[source])}
         found += [(source, affix, held[affix]) for affix in sorted(held) if not _goes_on(affix, held)]
     named = _named_affixes(some, [(source, affix) for source, affix, _ in found])
-    return [(source, *affix.split(" ", 1), n) for source, affix, n in found if (source, affix) not in named]  # type: ignore[misc]
+    cut = {}
+    for source, affix, count in found:
+        if (source, affix) not in named:
+            end, words = affix.split(" ", 1)
+            cut[source, end.rstrip(APART), words] = count
+    return [(*affix, count) for affix, count in sorted(cut.items())]
 
 
 def _named_affixes(some: DataFrame, affixes: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
@@ -211,7 +235,7 @@ def _named_affixes(some: DataFrame, affixes: Sequence[tuple[str, str]]) -> set[t
         return set()
     found = daft.from_pydict({"source": [source for source, _ in affixes], "affix": [affix for _, affix in affixes]})
     some = some.join(found, on=["source", "affix"])
-    own = compared(regexp_replace(col("affix"), "^[a-z]+ ", ""), col("tags"), col("label"), col("alternatives"))
+    own = compared(regexp_replace(col("affix"), "^[a-z-]+ ", ""), col("tags"), col("label"), col("alternatives"))
     named = (
         some.select("source", "affix", (own["named"] > lit(0)).cast(DataType.float64()).alias("named"))
         .groupby("source", "affix")
@@ -220,16 +244,25 @@ def _named_affixes(some: DataFrame, affixes: Sequence[tuple[str, str]]) -> set[t
     return {(row["source"], row["affix"]) for row in named.where(col("named") >= lit(NAMED)).to_pylist()}
 
 
-def _is_affix(affix: str, counts: Mapping[str, int], least: float) -> bool:
-    """Whether two words come together so often that they are one thing, and what else comes with them."""
-    end, *words = affix.split()
+def _is_affix(affix: str, counts: Mapping[str, int], different: int) -> bool:
+    """Whether the two words at the very end come together so often that they are one thing, on enough captions."""
+    mark, *words = affix.split()
     if len(words) < 2:
         return False
-    shorter = " ".join([end, *(words[:-1] if end == START else words[1:])])
-    if len(words) > 2:
-        return counts[affix] >= AFFIX_ON * counts[shorter] and _is_affix(shorter, counts, least)
+    end = mark.rstrip(APART)
+    pair, single = (words[:2], words[:1]) if end == START else (words[-2:], words[-1:])
+    together, alone = (counts.get(f"{end} {' '.join(some)}", 0) for some in (pair, single))
     telling = any(len(word) > 3 or not word.isascii() for word in words)
-    return telling and counts[affix] > least and counts[affix] >= AFFIX_HELD * counts[shorter]
+    if not telling or together < AFFIX_HELD * alone:
+        return False
+    if mark != end:
+        return counts[affix] > AFFIX_SHARE * different
+    if end == END:
+        return False
+    shorter = f"{end} {' '.join(words[:-1])}"
+    if len(words) > 2 and (counts[affix] < AFFIX_ON * counts[shorter] or not _is_affix(shorter, counts, different)):
+        return False
+    return together > OPENING_SHARE * different
 
 
 def _goes_on(affix: str, held: Mapping[str, int]) -> bool:
@@ -237,9 +270,9 @@ def _goes_on(affix: str, held: Mapping[str, int]) -> bool:
     end, words = affix.split(" ", 1)
 
     def holds(other: str) -> bool:
-        if end == START:
-            return other.startswith(f"{affix} ")
-        return other.startswith(f"{END} ") and other.endswith(f" {words}") and other != affix
+        if end.startswith(START):
+            return other.startswith((f"{START} {words} ", f"{START}{APART} {words} "))
+        return other.startswith(END) and other.endswith(f" {words}") and other.split(" ", 1)[1] != words
 
     return any(holds(other) and count >= AFFIX_LONGER * held[affix] for other, count in held.items())
 
@@ -252,7 +285,7 @@ def pattern_of(affixes: Iterable[tuple[str, str]]) -> str:
     gap = r"[^\pL\pM\pN\p{So}]"
     parts = {START: list[str](), END: list[str]()}
     for end, words in affixes:
-        parts[end].append(f"{gap}+".join(r"\pN+".join(map(re.escape, word.split("0"))) for word in words.split()))
+        parts[end].append(f"{gap}+".join("[0-9]+" if word == "0" else re.escape(word) for word in words.split()))
     choice = {end: "|".join(sorted(some, key=lambda part: (-len(part), part))) for end, some in parts.items()}
     patterns = []
     if choice[START]:

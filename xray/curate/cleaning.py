@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import re
+import unicodedata
 
 import ftfy
 import ftfy.badness
@@ -28,6 +29,7 @@ ALONE = r"^[^\pL\pN\p{So}]+$"  # punctuation; symbols and emoji may say somethin
 
 # a caption without any of these needs no cleaning but Unicode's
 SUSPECT = r"[^\pL\pM\pN ,.'\x{2019}-]|[ ,.'-]{2}|^[ ,.'-]|[ ,'-]$|\.[^ ]|[A-Z_][0-9]{3}"
+NOT_ASCII = r"[^\x00-\x7f]"
 MEND = r"[^\x00-\x7f]|&[#\pL]"
 CAREFUL = r"[\x{200C}\x{200D}\x{E0000}-\x{E007F}]|[^\pL\pM\pN\s]{3}"
 
@@ -86,8 +88,8 @@ def clean(texts: pa.Array, longest: int) -> pa.Array:
     texts = pc.fill_null(texts.cast(pa.large_string()), "")
     texts = pc.utf8_slice_codeunits(texts, 0, SPARE * longest)
     texts = _where(texts, MEND, lambda some: _mapped(some, _mended))
-    texts = pc.utf8_normalize(texts, "NFC")
     texts = _where(texts, SUSPECT, _ruled)
+    texts = _where(texts, NOT_ASCII, lambda some: _mapped(some, _composed))
     return _cut(texts, longest)
 
 
@@ -118,6 +120,10 @@ def _mended(text: str) -> str:
     if ftfy.badness.is_bad(text):
         text = ftfy.fix_encoding(text)
     return html.unescape(html.unescape(text)) if "&" in text else text  # some sites escape what is escaped
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)  # Arrow 25's utf8_normalize gives NFD, whatever is asked for
 
 
 def _careful(text: str) -> str:

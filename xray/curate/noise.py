@@ -44,6 +44,8 @@ def find_noise(frame: DataFrame, context: Context) -> list[dict[str, Any]]:
     """
     sources = _counts(frame, ["source"])
     sizes = {row["source"]: row["count"] for row in sources}
+    if not sizes:
+        return []
     carried = frame.select("source", "tags").explode("tags").where(~col("tags").is_null())
     counts = carried.groupby("source", "tags").agg(col("tags").count().alias("count"))
     least = context.settings.stop_count

@@ -108,11 +108,12 @@ def _parts(tag: str) -> list[str]:
 
 
 def _apart(tag: str, name: str, known: Callable[[str], bool]) -> str:
-    """The name with spaces between the words of a hashtag, if all of them are known and the whole is not."""
+    """The name with spaces between the words of a hashtag, if they are known, and not the whole."""
     parts = [part.lower() for part in _parts(tag)]
-    if len(parts) < 2 or known(name) or not all(len(part) > 1 and known(part) for part in parts):
+    apart = " ".join(parts)
+    if len(parts) < 2 or known(name) or not (known(apart) or all(len(part) > 1 and known(part) for part in parts)):
         return name
-    return " ".join(parts)
+    return apart
 
 
 def _singular(name: str, vocabulary: set[str]) -> str:
