@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,9 @@ def evaluation_files(source: str, settings: Settings) -> list[tuple[str, str]]:
     return [(path.as_posix(), _digest(path)) for given in _given(settings) for path in _files(given)]
 
 
-STEP = Step(
-    "decontaminate", decontaminate, ("near_bits", "text_similarity", "text_words", "max_side"), evaluation_files
-)
+COMPARED = ("near_bits", "text_similarity", "text_words")
+DECODED = ("max_side", "max_frames", "max_pixels")
+STEP = Step("decontaminate", decontaminate, (*COMPARED, *DECODED), evaluation_files)
 
 
 def _by_picture(frame: DataFrame, known: DataFrame, context: Context) -> DataFrame:
@@ -125,8 +125,9 @@ def _evaluation_set(path: Path, settings: Settings) -> DataFrame:
         next(_files(path), None)
         rows = _of_dataset(path) if (path / INDEX).is_file() else _of_folder(path)
         place = [col(name) for name in ("path", "offset", "size", "frames")]
+        limits = [getattr(settings, name) for name in DECODED]
         files = daft.from_arrow(pa.Table.from_pylist(rows, FILES))
-        found = files.with_column("phash", perceptual_hashes(*place, settings.max_side, settings.max_pixels))
+        found = files.with_column("phash", perceptual_hashes(*place, *limits))
     return found.select(
         lit(path.as_posix()).alias("set"), "id", coalesce(col("caption"), lit("")).alias("caption"), "phash"
     )
@@ -163,23 +164,24 @@ def _table(path: Path) -> DataFrame:
 
 @daft.func.batch(return_dtype=HASH, batch_size=64)
 def perceptual_hashes(
-    paths: Series, offsets: Series, sizes: Series, frames: Series, max_side: int, max_pixels: int
+    paths: Series, offsets: Series, sizes: Series, frames: Series, max_side: int, max_frames: int, max_pixels: int
 ) -> pa.Array:
     """Perceptual hashes of media files, or of samples at offsets in shards; null for what cannot be decoded."""
     rows = zip(paths.to_pylist(), offsets.to_pylist(), sizes.to_pylist(), frames.to_pylist(), strict=True)
-    return pa.array([_perceptual_hash(*row, max_side, max_pixels) for row in rows], pa.uint64())
+    limits = {"max_side": max_side, "max_frames": max_frames, "max_pixels": max_pixels}
+    return pa.array([_perceptual_hash(*row, limits) for row in rows], pa.uint64())
 
 
 def _perceptual_hash(
-    path: str, offset: int | None, size: int | None, frames: int | None, max_side: int, max_pixels: int
+    path: str, offset: int | None, size: int | None, frames: int | None, limits: Mapping[str, Any]
 ) -> int | None:
     try:
         with open(path, "rb") as file:
             file.seek(offset or 0)
             data = file.read(-1 if size is None else size)
-        if frames is not None:
-            return looks(decode_stored(data, frames)).shape
-        return looks(decode(data, max_side=max_side, max_pixels=max_pixels, trim=True).frames).shape
+        if frames is None:
+            return looks(decode(data, trim=True, **limits).frames).shape
+        return looks(decode_stored(data, frames)).shape
     except (OSError, DecodeError):
         return None
 

@@ -38,7 +38,7 @@ class Settings:
         near_bits: perceptual hashes that differ in at most this many of 64 bits look alike; at most 3.
         text_similarity: captions at least this alike (Jaccard of word triples) are duplicates; 0 is off.
         text_words: shorter captions are never duplicates by text.
-        against: evaluation sets, comma-separated dataset folders or tables: what resembles them is dropped.
+        against: evaluation sets, comma-separated datasets, folders of images, tables: what resembles them is dropped.
 
         checkpoint: a trained CLIP model; "" leaves the agreement of image and text unchecked.
         agreement: share of the pairs, those that agree least, that is dropped.
