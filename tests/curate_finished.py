@@ -73,8 +73,16 @@ def halved(row: Row) -> Row:
 # what each step changes, which samples leave, and what it has to tell
 STEPS: dict[str, tuple[Change | None, dict[str, tuple[str, str | None]], dict[str, Any]]] = {
     "read": (None, {}, {"kind": "table", "files": 1, "columns": {"caption": "text"}, "unused_columns": [EVIL]}),
-    "decode": (picture, {"011": ("not an image", f"cannot identify {EVIL}")}, {}),
-    "clean_text": (cleaned, {}, {"boilerplate": [[EVIL, 40]], "replaced": 1, "emptied": 0, "changed": 1}),
+    "decode": (
+        picture,
+        {"011": ("not an image", f"cannot identify {EVIL}")},
+        {"static_clips": {"count": 1, "examples": ["006"]}},
+    ),
+    "clean_text": (
+        cleaned,
+        {},
+        {"boilerplate": [[EVIL, 40]], "affixes": [["set", "end", EVIL, 3]], "replaced": 1, "emptied": 0, "changed": 1},
+    ),
     "canonical_tags": (
         canonical,
         {},
@@ -83,7 +91,7 @@ STEPS: dict[str, tuple[Change | None, dict[str, tuple[str, str | None]], dict[st
     "stop_tags": (
         without_hash,
         {},
-        {"stop_tags": [{"tag": "hash", "source": "set", "count": 11, "share": 1.0}, {"tag": EVIL, "count": 1}]},
+        {"stop_tags": [{"tag": "hash", "source": "set", "count": 11, "share": 1.0, "told": 0.01}, {"tag": EVIL}]},
     ),
     "exact_duplicates": (
         None,
@@ -91,6 +99,7 @@ STEPS: dict[str, tuple[Change | None, dict[str, tuple[str, str | None]], dict[st
         {"groups": 1, "largest": 3, "examples": [["003", "009", "010"]]},
     ),
     "near_duplicates": (None, {"008": ("nearly the same picture as another", "004")}, {}),
+    "agreement": (None, {}, {"scored": 8, "threshold": 0.5, "histogram": [[-0.4, 2], [0.1, 4], [0.6, 2]]}),
     "match": (matched, {}, {"entries": 12, "top": [[EVIL, 8], ["dog", 1]]}),
     "balance": (balanced, {"004": ("in no rare entry", None)}, {"captions": {"threshold": 4}}),
     "split": (halved, {}, {}),

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -189,7 +190,8 @@ def _curate(options: argparse.Namespace) -> int:
 
     if options.steps:
         for step in curate.STEPS:
-            print(f"{step.name:18}{(step.run.__doc__ or '').splitlines()[0]}")
+            purpose = (step.run.__doc__ or "").splitlines()[0]
+            print(textwrap.fill(purpose, 100, initial_indent=f"{step.name:18}", subsequent_indent=" " * 18))
         return 0
     if options.source == "explain" and _asks_to_explain(options):
         print(curate.explain(options.out, options.settings[0]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 import platform
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +25,30 @@ from xray.curate.ledger import COPIED
 from xray.curate.pictures import Album
 from xray.curate.settings import Settings
 from xray.curate.step import ROWS, Finished, stored
+from xray.curate.story import visible
 
 TEMPLATE = "card.html.jinja"
 LONGEST = 110  # characters of a caption
 BUDGET = 2_400_000  # characters of all pictures: the page stays below 3 MB
-EXAMPLES = 6  # of a reason
+EXAMPLES = 8  # of a reason
 REASONS = 40  # that are shown with examples
-GROUPS, GROUP = 6, 8  # duplicate groups of a step, and pictures of one
+GROUPS, GROUP = 12, 8  # duplicate groups of a step, and pictures of one
 CHANGED = 14  # captions before and after
-TOP = 20  # tags, entries
+FREQUENT, TOP = 9, 60  # tags, as read and in the shards
+SETS = 30
 KEPT = 24
 UNTOLD = ("address", "num_workers", "progress")  # settings of a machine, not of what comes out
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sample on the page."""
+    """A sample on the page; `other` is the id of the one that it is said to resemble."""
 
     id: str
     caption: str
     detail: str = ""
     tags: Sequence[str] = ()
+    other: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,9 @@ def write(
     reasons = list(_reasons(run))
     groups = _groups(run)
     kept = _examples(run.kept(finished[-1].name), KEPT)
-    shown = {example.id for part in (kept, *(reason.examples for reason in reasons)) for example in part}
+    still = run.facts["decode"].get("static_clips", {}).get("examples", [])
+    shown = {id for part in (kept, *(reason.examples for reason in reasons)) for e in part for id in (e.id, e.other)}
+    shown |= set(still)
     shown |= {example.id for _, _, rows in groups for row in rows for example in row}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -121,8 +129,12 @@ def write(
         tags=_tags(run),
         entries=_entries(run),
         media=_media(run),
-        splits=figures.numbers(run.kept("split"), "split", "media") if "split" in _columns(run, "split") else [],
+        splits=figures.numbers(run.kept("split"), "split", "media", most=SETS)
+        if "split" in _columns(run, "split")
+        else [],
         sources=_sources(run),
+        balanced=_balanced(run),
+        agreement=_agreement(run),
     )
     draft = path.with_name(f".{path.name}")
     draft.write_text(html, encoding="utf-8")
@@ -165,13 +177,22 @@ def _examples(frame: DataFrame, count: int) -> list[Example]:
     return [Example(row["id"], row["caption"] or "", row.get("detail") or "", row["tags"] or ()) for row in rows]
 
 
+def _resembling(examples: Sequence[Example], table: DataFrame) -> list[Example]:
+    """The examples, those whose detail is the id of another sample with that."""
+    details = [example.detail for example in examples if example.detail]
+    known = set(table.where(col("id").is_in(details)).select("id").to_pydict()["id"]) if details else set()
+    return [replace(example, other=example.detail) if example.detail in known else example for example in examples]
+
+
 def _reasons(run: _Run) -> Iterator[Reason]:
     """Why samples left, step by step."""
     told = 0
     for done in run.finished:
         for text, count in done.reasons.items():
             leaving = run.table(done.name).where(col("reason") == lit(text))
-            yield Reason(done.name, text, count, _examples(leaving, EXAMPLES) if told < REASONS else [])
+            examples = _resembling(_examples(leaving, EXAMPLES), run.table(done.name)) if told < REASONS else []
+            paired = any(example.other for example in examples)  # and take two places each
+            yield Reason(done.name, text, count, examples[: EXAMPLES // 2] if paired else examples)
             told += 1
         if done is run.finished[-1] and "copies" in _columns(run, done.name):
             copied = run.kept(done.name).where(col("copies") > lit(1))
@@ -200,14 +221,17 @@ def _captions(run: _Run) -> dict[str, Any]:
     before, after = run.table("read"), run.table("clean_text")
     pairs = before.select("key", col("caption").alias("was")).join(after.select("key", "id", "caption"), on="key")
     changed = pairs.where(col("was") != col("caption"))
+    bins = [f"{edge:,}" for edge in figures.EDGES]
     series = [("as read", figures.caption_lengths(before)), ("in the shards", figures.caption_lengths(_last(run)))]
+    while bins and not any(shares[len(bins) - 1] for _, shares in series):
+        bins.pop()
     return {
-        "changed": changed.sort("key").limit(CHANGED).to_pylist(),
+        "changed": [marked(pair["was"], pair["caption"]) for pair in changed.sort("key").limit(CHANGED).to_pylist()],
         "lengths": charts.histogram(
-            figures.length_bins(),
-            series,
+            bins,
+            [(name, shares[: len(bins)]) for name, shares in series],
             description="Lengths of captions as read and in the shards",
-            name="characters",
+            name="characters, from",
         ),
     }
 
@@ -224,13 +248,15 @@ def _tags(run: _Run) -> dict[str, Any]:
     curves = [("as read", was.points()), ("in the shards", now.points())]
     if drawn != now:
         curves.append(("in the shards, with copies", drawn.points()))
-    top = figures.most_frequent(before, "tags", TOP)
-    left = figures.occurrences(after, "tags", [tag for tag, _ in top])
+    top = figures.most_frequent(before, "tags", FREQUENT)
+    spelled = {was: now for was, now, _ in run.facts["canonical_tags"].get("canonical", {}).get("examples", [])}
+    names = [spelled.get(tag, tag) for tag, _ in top]
+    left = figures.occurrences(after, "tags", names)
     return {
         "was": was,
         "now": now,
         "chart": charts.rank_chart(curves, description="How often tags occur, by rank, as read and in the shards"),
-        "before": [(tag, times, left.get(tag, 0)) for tag, times in top],
+        "before": [(tag, times, name, left.get(name, 0)) for (tag, times), name in zip(top, names, strict=True)],
         "after": figures.most_frequent(after, "tags", TOP),
     }
 
@@ -270,10 +296,48 @@ def _media(run: _Run) -> list[dict[str, Any]]:
 
 
 def _sources(run: _Run) -> list[dict[str, Any]]:
-    """Rows read and samples kept of every set."""
-    now = {row["source"]: row for row in figures.numbers(_last(run), "source")}
+    """Rows read and samples kept of the largest sets."""
+    rows = figures.numbers(run.table("read"), "source", most=SETS)
+    left = _last(run).where(col("source").is_in([row["source"] for row in rows]))
+    now = {row["source"]: row for row in figures.numbers(left, "source", most=SETS)}
     nothing = {"samples": 0, "drawn": 0}
     return [
         {"source": row["source"], "rows": row["samples"], **{k: now.get(row["source"], nothing)[k] for k in nothing}}
-        for row in figures.numbers(run.table("read"), "source")
+        for row in rows
     ]
+
+
+def _balanced(run: _Run) -> list[dict[str, Any]]:
+    """What balancing tells of the samples that it balances by caption and by tags."""
+    facts = run.facts["balance"]
+    return [{"rule": rule, **facts[rule]} for rule in ("captions", "tags") if facts.get(rule, {}).get("samples")]
+
+
+def _agreement(run: _Run) -> dict[str, Any] | None:
+    """How well captions and pictures agree; None where no model was asked."""
+    facts = run.facts["agreement"]
+    if not facts.get("scored"):
+        return None
+    bins: Counter[int] = Counter()
+    for score, count in facts["histogram"]:
+        bins[math.floor(2 * score)] += count
+    halves = range(min(bins), max(bins) + 1)
+    shares = [bins[half] / facts["scored"] for half in halves]
+    chart = charts.histogram(
+        [f"{half / 2:g}" for half in halves],
+        [("pairs", shares)],
+        description="How well captions and pictures agree, in standard deviations above chance",
+        name="standard deviations above chance, from",
+    )
+    return {"chart": chart, "scored": facts["scored"], "threshold": facts["threshold"]}
+
+
+def marked(was: str, now: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Two texts in pieces, those marked True that only one of them has; what cannot be seen is escaped."""
+    pair = [re.findall(r"\w+|\s+|.", visible(shorten(text))) for text in (was, now)]
+    sides: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, pair[0], pair[1], autojunk=False).get_opcodes():
+        for side, words, low, high in ((sides[0], pair[0], a, b), (sides[1], pair[1], c, d)):
+            if low < high:
+                side.append(("".join(words[low:high]), tag != "equal"))
+    return sides

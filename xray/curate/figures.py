@@ -104,17 +104,14 @@ def caption_lengths(frame: DataFrame) -> list[float]:
     return [count / total if total else 0.0 for count in bins]
 
 
-def length_bins() -> list[str]:
-    """The names of the bins."""
-    ends = [edge - 1 for edge in EDGES[1:]]
-    names = [f"{low}" if low == high else f"{low}-{high}" for low, high in zip(EDGES, ends, strict=False)]
-    return [*names, f"{LONGEST}+"]
+def numbers(frame: DataFrame, *by: str, most: int) -> list[dict[str, Any]]:
+    """Samples, copies (as many as samples where nothing drew any) and identities for each value of some columns.
 
-
-def numbers(frame: DataFrame, *by: str) -> list[dict[str, Any]]:
-    """Samples, copies (as many as samples where nothing drew any) and identities for each value of some columns."""
+    Only the `most` values that the most samples have are there, these first.
+    """
     copies = col("copies") if "copies" in frame.column_names else lit(1)
     known = when(col("identity") != lit(""), col("identity")).otherwise(lit(None).cast("string"))
     rows = frame.with_columns({"drawn": copies.cast("int64"), "known": known})
     counts = [col("id").count().alias("samples"), col("drawn").sum(), col("known").count_distinct().alias("identities")]
-    return list(rows.groupby(*by).agg(*counts).sort(list(by)).to_pylist())
+    grouped = rows.groupby(*by).agg(*counts)
+    return list(grouped.sort(["samples", *by], desc=[True, *(False for _ in by)]).limit(most).to_pylist())

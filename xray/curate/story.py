@@ -75,7 +75,9 @@ def _row_of(id: str, folder: Path) -> Row | None:
 
 def _changes(before: Row, row: Row, folder: Path) -> Iterator[str]:
     """What a step made of a sample: a phrase for each column that is new or another, one for all new numbers."""
-    facts, measures = load(folder).facts, []
+    measures = []
+    noise = load(folder).facts.get("stop_tags", [])
+    stopped = {found["tag"]: found for found in noise if found.get("source", row["source"]) == row["source"]}
     for name, value in row.items():
         old = before.get(name)
         if name in QUIET or value == old or not (_told(old) or _told(value)):
@@ -83,7 +85,7 @@ def _changes(before: Row, row: Row, folder: Path) -> Iterator[str]:
         if name == "entries":
             yield f"{name}: {_said(_entries(value, folder))}"
         elif isinstance(value, list) and isinstance(old, list):
-            yield f"{name}: {_exchanged(old, value, facts)}"
+            yield f"{name}: {_exchanged(old, value, stopped)}"
         elif _told(old):
             yield f"{name}: {_said(old)} -> {_said(value)}"
         elif isinstance(value, int | float):
@@ -113,13 +115,12 @@ def _said(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def _exchanged(old: Sequence[Any], new: Sequence[Any], facts: Mapping[str, Any]) -> str:
+def _exchanged(old: Sequence[Any], new: Sequence[Any], stopped: Mapping[str, Any]) -> str:
     """Which items of a list went and came."""
     gone, come = [item for item in old if item not in new], [item for item in new if item not in old]
     if not gone and not come:
         return f"in another order or number: {_said(list(new))}"
-    known = {entry.get("tag"): entry for entry in facts.get("stop_tags", [])}
-    parts = [f"without {', '.join(visible(str(item)) + _noise(known.get(item)) for item in gone)}"] if gone else []
+    parts = [f"without {', '.join(visible(str(item)) + _noise(stopped.get(item)) for item in gone)}"] if gone else []
     return "; ".join([*parts, f"with {_said(come)}"] if come else parts)
 
 
@@ -127,7 +128,7 @@ def _noise(found: Mapping[str, Any] | None) -> str:
     """Why a tag says nothing, if a step found so."""
     if found is None:
         return ""
-    share = f", {found['share']:.1%} of {visible(str(found.get('source', 'them')))}" if "share" in found else ""
+    share = f", {found['share']:.1%} of {visible(found['source'])}" if "share" in found else ""
     return f" (says nothing: on {found.get('count', 0):,} samples{share})"
 
 
