@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from bench import curation
+pytest.importorskip("daft", reason="curation needs Daft")
+
+from bench import bench_curate, curation, harness, results
+from bench.results import Comparison
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,29 @@ def test_the_memory_of_a_process_and_its_children() -> None:
     assert 60 << 20 < curation.held_by(os.getpid()) - before < 140 << 20
     process.communicate()
     assert abs(curation.held_by(os.getpid()) - before) < 30 << 20
+
+
+def test_a_result_tells_seconds_a_million_rows_at_both_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def curate(source: Path, out: Path, metadata: Path) -> curation.Cost:
+        out.mkdir()
+        rows = pq.read_metadata(source).num_rows
+        return curation.Cost({"read": 1.0, "match": rows / 1000}, 5.0, 3 << 30, 0.0)
+
+    monkeypatch.setattr(curation, "curate", curate)
+    monkeypatch.setattr(bench_curate, "SIZES", (1000, 4000))
+    monkeypatch.setattr(bench_curate, "ENTRIES", 100)
+    found: list[Comparison] = []
+    bench_curate.test_curate(harness.Bench(cast(Any, None), True, found), tmp_path)
+    assert [(c.case, [peer.samples for peer in c.peers]) for c in found] == [
+        ("read", [[1000.0], [250.0]]),
+        ("match", [[1000.0], [1000.0]]),
+        ("all steps", [[5000.0], [1250.0]]),
+    ]
+    assert [results.reached(c, c.targets[0]) for c in found] == [4.0, 1.0, 4.0]
+    assert [peer.memory for c in found for peer in c.peers] == [0, 0, 0, 0, 3 << 30, 3 << 30]
+    file = results.write(tmp_path, results.record("curate", harness.DEVICE, found))
+    for c in results.read(file)[1]:
+        assert all(len(peer.samples) == len(c.copy_samples) for peer in c.peers)
 
 
 def test_a_curation_that_fails_says_why(tmp_path: Path) -> None:
