@@ -44,7 +44,7 @@ def test_curate(bench: Bench, tmp_path: Path) -> None:
     seconds["all steps"] = [cost.seconds for cost in costs.values()]
     work = Work("curate", "", torch.uint8, "a million rows", source.stat().st_size * MILLION // sizes[-1], 0, MILLION)
     copied, multiplied = copy_of(work.bytes), matmul_for(torch.float32)
-    limits = [[timeit.timeit(limit, number=1) for _ in range(3)] for limit in (copied, multiplied)]
+    copies, products = ([timeit.timeit(limit, number=1) for _ in range(3)] for limit in (copied, multiplied))
     if before is not None:  # the curations' processes are no others
         before = (before[0], before[1] + sum(cost.processor for cost in costs.values()), before[2])
     names = [f"{rows:,} rows" for rows in sizes]
@@ -56,4 +56,4 @@ def test_curate(bench: Bench, tmp_path: Path) -> None:
             )
         ]
         wanted = [Target(names[0], SCALES)] if len(names) > 1 else []
-        bench.record(replace(work, case=step), timings, *limits, before, {}, wanted)
+        bench.record(replace(work, case=step), timings, copies, products, before, {}, wanted)

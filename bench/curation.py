@@ -36,6 +36,8 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
     from another's in up to three bits.
     """
     words, tags = vocabulary(WORDS), vocabulary(TAGS)
+    tags = np.concatenate([tags, np.char.upper(tags[: TAGS // 10]), np.char.add(tags[: TAGS // 10], "s")])
+    tags = np.random.default_rng(0).permutation(tags)
     with pq.ParquetWriter(path, _chunk(words, tags, 0, 1, seed).schema) as writer:
         for start in range(0, rows, CHUNK):
             writer.write_table(_chunk(words, tags, start, min(CHUNK, rows - start), seed))
@@ -57,7 +59,6 @@ def _chunk(words: np.ndarray, tags: np.ndarray, start: int, rows: int, seed: int
     captions = pc.binary_join_element_wise(captions.take(pa.array(repeats)), _some(draw, ENDINGS, 0.08), "")
     boilerplate = pa.array(draw.choice(BOILERPLATE, CHUNK))
     captions = pc.if_else(pa.array(draw.random(CHUNK) < 0.02), boilerplate, captions)
-    spelled = np.concatenate([tags, np.char.upper(tags[: TAGS // 10]), np.char.add(tags[: TAGS // 10], "s")])
     hashes = draw.integers(0, 2**64, CHUNK, dtype=np.uint64)
     copied = np.flatnonzero(draw.random(CHUNK) < 0.05)
     flips = np.bitwise_or.reduce(np.uint64(1) << draw.integers(0, 64, (3, len(copied)), dtype=np.uint64), axis=0)
@@ -65,7 +66,7 @@ def _chunk(words: np.ndarray, tags: np.ndarray, start: int, rows: int, seed: int
     table = {
         "id": pc.binary_join_element_wise("r", pa.array(np.arange(start, start + CHUNK)).cast(pa.string()), ""),
         "caption": captions,
-        "tags": _zipf_lists(draw, spelled, draw.integers(0, 6, CHUNK)),
+        "tags": _zipf_lists(draw, tags, draw.integers(0, 6, CHUNK)),
         "phash": hashes,
     }
     return pa.table(table).slice(0, rows)

@@ -28,7 +28,7 @@ class Timing:
     """One peer in one comparison: its parity verdict, and its samples in seconds (none unless parity is green).
 
     `ours` marks the implementations of this project, `default` the one that runs when nothing is chosen. `memory` is
-    the most bytes that it held on a GPU, weights included, where that was looked at.
+    the most bytes that it held, where that was looked at: on a GPU, weights included; of processes, all together.
     """
 
     name: str

@@ -153,7 +153,9 @@ _DIRT: dict[str, Soiler] = dict(
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """What is seen of a picture, less transparent margins: a copy of a screen."""
     image = image.convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
     ground = Image.new("RGBA", image.size, "white")
     ground.alpha_composite(image)
     return ground.convert("RGB")

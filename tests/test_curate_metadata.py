@@ -94,6 +94,11 @@ def test_more_captions_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found_in(tmp_path, captions, *entries) == [caption.split() for caption in captions]
 
 
+def test_a_caption_of_a_million_characters(tmp_path: Path) -> None:
+    captions = ["red fox " * 125_000, "x" * 1_000_000, "fox"]
+    assert found_in(tmp_path, captions, "fox", "red fox", "fox red") == [["fox", "red fox", "fox red"], [], ["fox"]]
+
+
 def test_an_entry_counts_once_in_a_caption(tmp_path: Path) -> None:
     context = context_for(tmp_path / "match", **listed(tmp_path, "fox", "dog", "cat"))
     captions = ["fox fox fox", "dog fox", "fox", "nothing", ""]

@@ -67,7 +67,7 @@ def test_boilerplate_captions_are_found(folder: Path, truth: Truth) -> None:
 
 def test_constant_tags_are_found(folder: Path, truth: Truth) -> None:
     """Named is every tag that is taken from a sample."""
-    before, after = table_of(folder, "read"), table_of(folder, "tag_stoplist")
+    before, after = table_of(folder, "read"), table_of(folder, "stop_tags")
     named = {(name, tag) for name, row in after.items() for tag in {*before[name]["tags"]} - {*row["tags"]}}
     wanted = {(name, CONSTANT_TAG) for name in truth.of("constant tag") & after.keys()}
     result = found(wanted, named)

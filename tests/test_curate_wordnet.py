@@ -33,7 +33,11 @@ def folder(tmp_path: Path) -> Path:
         ("motorcar", "car"),  # never met, but it has one sense only
         ("machine", "machine"),  # its second sense is a car
         ("kitty", "kitty"),  # which of two senses is unknown
+        ("frogs", "frog"),  # not "toad"
+        ("kids", "child"),
+        ("thought", "thought"),  # too often something else than an idea
         ("sundown", "sunset"),
+        ("cars and flowers", "cars and flowers"),
         ("usa", "united states"),
         ("hot dogs", "hot dog"),
         ("bus", "bus"),

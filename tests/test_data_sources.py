@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,8 +157,17 @@ def test_emoji_are_fetched_named_and_not_fetched_again(registry: Registry) -> No
 
 
 def test_openclipart_is_fetched_and_described(registry: Registry) -> None:
-    records = {record.path.stem: record for record in read_folder(fetch("openclipart", registry)).records}
-    assert records["cat_artist_01"].caption == "A Cat, animal kind, a & b"
+    folder = fetch("openclipart", registry)
+    row = json.loads((folder / "metadata.jsonl").read_text().splitlines()[1])
+    assert row == {
+        "file_name": "animals/cat_artist_01.png",
+        "caption": "A Cat",
+        "tags": ["Animal_kind", "A & B"],
+        "label": "animals",
+        "source": "openclipart",
+    }
+    records = {record.path.stem: record for record in read_folder(folder).records}
+    assert records["cat_artist_01"].caption == "A Cat"
     assert records["cat_artist_01"].tags == ["animal kind", "a & b"]
     assert {stem: record.label for stem, record in records.items()} == {
         "cat_artist_01": "animals",
@@ -322,23 +331,9 @@ def test_the_demo_falls_back_to_generated_samples(
     assert "without fluent-emoji-anim" in said
 
 
-def test_titles_of_collections_and_machine_tags_are_not_used() -> None:
-    rows = [
-        (PurePosixPath(f"icons/theme/green_leaf_{number:02}"), "Great Theme 2004", ["icons", "hash", "leaf"])
-        for number in range(40)
-    ]
-    rows.append((PurePosixPath("animals/cat_artist_01"), "Black Cat", ["cat", "pet"]))
-    described = openclipart.describe(rows)
-    assert described[0]["caption"] == "green leaf, icons"
-    assert described[0]["tags"] == ["icons", "leaf"]
-    assert described[0]["label"] == "icons"
-    assert described[-1]["caption"] == "Black Cat, pet"
-    assert described[-1]["tags"] == ["cat", "pet"]
-
-
 def test_entities_of_entities_and_broken_svg_are_read() -> None:
     svg = b"<svg <dc:title>&amp;eacute;toile_du &lt;b&gt;\n nord</dc:title> <rdf:li>\xff#Star</rdf:li>"
-    assert openclipart._title_and_tags(svg) == ("étoile du <b> nord", ["\ufffd#star"])
+    assert openclipart._title_and_tags(svg) == ("étoile_du <b> nord", ["\ufffd#Star"])
     assert openclipart._title_and_tags(b"") == ("", [])
 
 

@@ -29,8 +29,9 @@ COMMON = 0.01  # share of all samples
 DIVERSE = 0.25  # file names of different words for so many of them: it is a collection
 
 AFFIX_WORDS = 6
-AFFIX_SHARE = 0.005  # of a source's different captions
+AFFIX_SHARE = 0.02  # of a source's different captions
 AFFIX_HELD = 0.5  # share of the captions with the same first (or last) word that go on alike
+AFFIX_ON = 0.2  # share of the captions with a phrase that have the same next word: it belongs to the phrase
 AFFIX_LONGER = 0.8  # share of them with the same further word: the shorter phrase is part of the longer
 AFFIX_SAMPLES = 200_000  # captions of each source that are looked at
 START, END = "start", "end"
@@ -194,7 +195,7 @@ def find_affixes(frame: DataFrame, settings: Settings, sources: Mapping[str, int
     some = some.with_column("affix", ends(col("text"))).explode("affix").where(~col("affix").is_null())
     counts = some.groupby("source", "affix").agg(col("text").count_distinct().alias("count"))
     counted: dict[str, dict[str, int]] = defaultdict(dict)
-    for row in counts.where(col("count") > lit(min(least.values(), default=0))).to_pylist():
+    for row in counts.where(col("count") > lit(settings.boilerplate_count)).to_pylist():
         counted[row["source"]][row["affix"]] = row["count"]
     found = []
     for source in sorted(counted):
@@ -222,12 +223,13 @@ def _named_affixes(some: DataFrame, affixes: Sequence[tuple[str, str]]) -> set[t
 def _is_affix(affix: str, counts: Mapping[str, int], least: float) -> bool:
     """Whether two words come together so often that they are one thing, and what else comes with them."""
     end, *words = affix.split()
-    if counts.get(affix, 0) <= least or len(words) < 2:
+    if len(words) < 2:
         return False
     shorter = " ".join([end, *(words[:-1] if end == START else words[1:])])
     if len(words) > 2:
-        return _is_affix(shorter, counts, least)
-    return any(len(word) > 3 or not word.isascii() for word in words) and counts[affix] >= AFFIX_HELD * counts[shorter]
+        return counts[affix] >= AFFIX_ON * counts[shorter] and _is_affix(shorter, counts, least)
+    telling = any(len(word) > 3 or not word.isascii() for word in words)
+    return telling and counts[affix] > least and counts[affix] >= AFFIX_HELD * counts[shorter]
 
 
 def _goes_on(affix: str, held: Mapping[str, int]) -> bool:

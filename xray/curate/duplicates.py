@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from daft import DataFrame, DataType, Expression, Series, Window, col, lit
 from daft.functions import (
+    bitwise_xor,
     coalesce,
     concat,
     length,
@@ -31,13 +32,14 @@ from scipy.sparse.csgraph import connected_components
 from xray.curate.frame import drop, keeping
 from xray.curate.neighbours import components, near_pairs, num_words, text_pairs, words_of
 from xray.curate.step import Context, Step, written
-from xray.data.clean import MAX_DIFFERENCE, MEAN_DIFFERENCE
+from xray.data.clean import COLOUR_SIDE, MAX_DIFFERENCE, MEAN_DIFFERENCE
 from xray.data.decoding import spread
 
 LOOKS = "looks"  # artefact of near_duplicates: `node`, a perceptual hash, and `group`, the smallest one it is tied to
 EXAMPLES, EXAMPLE_IDS = 12, 8
 REACH = 256  # a picture is compared with this many of its look that are next in brightness
 LARGEST, DIGITS, KEY_DIGITS = 10**15, 16, 20  # LARGEST: more than the pixels of a clip, the characters of a caption
+COLOURS = (3, COLOUR_SIDE, COLOUR_SIDE, 3)  # of the first, middle and last frame
 SEEN = ("id", "key", "phash", "colours", "frame_hashes")
 GROUPED = DataType.list(DataType.struct({"id": DataType.string(), "group": DataType.uint64()}))
 
@@ -50,9 +52,10 @@ def exact_duplicates(frame: DataFrame | None, context: Context) -> DataFrame:
     """
     assert frame is not None
     row = concat(concat(col("phash").cast(DataType.string()), lit(" ")), col("caption"))  # null without a hash
-    grouped = frame.with_column("group", coalesce(col("pixels"), row)).where(col("group").not_null())
-    likely = _several(_ranked(grouped, "group", "tags").with_column("digest", hashed(col("group"))), "digest")
-    members = context.keep(_several(likely, "group"), "members")
+    digest = coalesce(hashed(col("pixels")), bitwise_xor(hashed(col("caption")), col("phash")))
+    likely = _several(frame.with_column("digest", digest).where(col("digest").not_null()), "digest")
+    likely = likely.with_column("group", coalesce(col("pixels"), row))
+    members = context.keep(_several(_ranked(likely, "group", "tags"), "group"), "members")
     verdicts = _verdicts(members, context).join(members.select("id", "tags"), on="id")
     verdicts = verdicts.join(_united_tags(members), on="group", how="left")
     gains = (col("id") == col("stays")) & (list_count(col("united")) > list_count(list_distinct(col("tags"))))
@@ -136,49 +139,50 @@ def same_pictures(pictures: Series, near_bits: int) -> pa.Array:
     """Find near duplicates within lists of pictures of one look.
 
     Args:
-        pictures: lists of `SEEN`; `colours` of all frames as bytes, `frame_hashes` one for each of some frames.
+        pictures: lists of `SEEN`; `colours` are bytes of the shape COLOURS, `frame_hashes` one for each of some frames.
         near_bits: see `Settings`.
 
     Returns:
         For each list `id` and `group`, the smallest key among its near duplicates.
     """
     lists = pictures.to_arrow()
+    lengths = np.diff(lists.offsets.to_numpy())
+    within = np.repeat(np.arange(len(lists)), lengths)
     seen = lists.flatten()
     key, phash = (seen.field(name).to_numpy(zero_copy_only=False) for name in ("key", "phash"))
-    within = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
     hashes = [np.asarray(each or [], np.uint64) for each in seen.field("frame_hashes").to_pylist()]
-    colours = [np.frombuffer(each, np.uint8) for each in seen.field("colours").to_pylist()]
-    brightness = np.array([each.mean() if len(each) else 0.0 for each in colours])
-    kind = np.array([len(each) > 1 for each in hashes])
-    order = np.lexsort((key, phash, brightness, kind, within))
-    ones, others = [np.empty(0, np.intp)], [np.empty(0, np.intp)]
+    colours = np.frombuffer(b"".join(seen.field("colours").to_pylist()), np.uint8).reshape(len(seen), *COLOURS)
+    means = colours.mean(axis=(2, 3))  # their differences are the colours' at most
+    brightness = means.mean(axis=(1, 2))
+    is_clip = np.array([len(each) > 1 for each in hashes], bool)
+    order = np.lexsort((key, phash, brightness, is_clip, within))
+    group = np.arange(len(seen))
+    ties = np.empty((2, 0), np.intp)
     for distance in range(1, min(REACH, len(order) - 1) + 1):
-        one, other = order[:-distance], order[distance:]
-        near = (within[one] == within[other]) & (kind[one] == kind[other])
-        near &= brightness[other] - brightness[one] <= MEAN_DIFFERENCE
-        if not near.any():
+        pairs = np.stack([order[:-distance], order[distance:]])
+        one, other = pairs
+        close = (within[one] == within[other]) & (is_clip[one] == is_clip[other])
+        close &= brightness[other] - brightness[one] <= MEAN_DIFFERENCE
+        if not close.any():
             break
-        near &= np.bitwise_count(phash[one] ^ phash[other]) <= near_bits
-        pairs = [
-            (a, b)
-            for a, b in zip(one[near], other[near], strict=True)
-            if alike_colours(colours[a], colours[b]) and alike_frames(hashes[a], hashes[b], near_bits)
+        close &= (group[one] != group[other]) & (np.bitwise_count(phash[one] ^ phash[other]) <= near_bits)
+        pairs = pairs[:, close]
+        pairs = pairs[:, np.abs(means[pairs[0]] - means[pairs[1]]).mean(axis=(1, 2)) <= MEAN_DIFFERENCE]
+        same = [
+            alike_colours(colours[a], colours[b]) and alike_frames(hashes[a], hashes[b], near_bits) for a, b in pairs.T
         ]
-        ones.append(np.array([a for a, _ in pairs], np.intp))
-        others.append(np.array([b for _, b in pairs], np.intp))
-    one, other = np.concatenate(ones), np.concatenate(others)
-    ties = coo_array((np.ones(len(one), bool), (one, other)), shape=(len(key), len(key)))
-    number, member = connected_components(ties, directed=False)
-    smallest = np.full(number, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(smallest, member, key)
-    groups = pa.StructArray.from_arrays([seen.field("id"), pa.array(smallest[member])], names=["id", "group"])
-    return pa.LargeListArray.from_arrays(lists.offsets, groups)
+        if any(same):
+            ties = np.concatenate([ties, pairs[:, same]], axis=1)
+            edges = coo_array((np.ones(ties.shape[1], bool), (ties[0], ties[1])), shape=(len(seen), len(seen)))
+            group = connected_components(edges, directed=False)[1]
+    smallest = np.full(len(seen), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(smallest, group, key)
+    groups = pa.StructArray.from_arrays([seen.field("id"), pa.array(smallest[group])], names=["id", "group"])
+    return pa.LargeListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), groups)
 
 
 def alike_colours(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether colours, uint8, are those of near duplicates."""
-    if one.shape != other.shape:
-        return False
+    """Whether colours, uint8 of one shape, are those of near duplicates (the thresholds of `xray.data.clean`)."""
     difference = np.abs(one.astype(np.int16) - other)
     return bool(difference.mean() <= MEAN_DIFFERENCE and difference.max() <= MAX_DIFFERENCE)
 

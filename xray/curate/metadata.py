@@ -119,7 +119,7 @@ def from_list(path: str) -> Metadata:
     """
     content = _bytes_of(path)
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(f"metadata {path} is not UTF-8 in line {line}; a text in UTF-8 is needed") from error

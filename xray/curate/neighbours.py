@@ -17,6 +17,7 @@ import functools
 import math
 from collections.abc import Iterator
 from itertools import combinations, count
+from typing import Any
 
 import daft
 import numpy as np
@@ -123,6 +124,46 @@ def near_within(
     return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
 
 
+def nearest(hashes: Expression, known: np.ndarray, near_bits: int) -> Expression:
+    """The hash with the fewest other bits of a set that every worker can hold, the smallest of several.
+
+    Args:
+        hashes: uint64.
+        known: the set, uint64.
+        near_bits: hashes further away are none; then, and where there is no hash, the result is null.
+    """
+    finder: Any = _Nearest(known, near_bits)
+    found: Expression = finder.of(hashes)
+    return found
+
+
+@daft.cls
+class _Nearest:
+    def __init__(self, known: np.ndarray, near_bits: int) -> None:
+        self.near_bits = near_bits
+        pairs = combinations(_blocks(list(range(BITS)), near_bits), 2)
+        self.tables = [(one | two, known[np.argsort(known & (one | two))]) for one, two in pairs]
+
+    @daft.method.batch(return_dtype=DataType.uint64())
+    def of(self, hashes: Series) -> pa.Array:
+        values = hashes.to_arrow()
+        wanted = values.fill_null(0).to_numpy()
+        best, distance = np.zeros(len(wanted), np.uint64), np.full(len(wanted), self.near_bits + 1)
+        for shared, known in self.tables:
+            first = np.searchsorted(known & shared, wanted & shared, "left")
+            last = np.searchsorted(known & shared, wanted & shared, "right")
+            row = np.flatnonzero(first < last)
+            while len(row):
+                found = known[first[row]]
+                bits = np.bitwise_count(found ^ wanted[row])
+                better = (bits < distance[row]) | ((bits == distance[row]) & (found < best[row]))
+                better &= bits <= self.near_bits
+                best[row[better]], distance[row[better]] = found[better], bits[better]
+                first[row] += 1
+                row = row[first[row] < last[row]]
+        return pa.array(best, mask=(distance > self.near_bits) | ~values.is_valid().to_numpy(zero_copy_only=False))
+
+
 def _blocks(bits: list[int], near_bits: int) -> list[np.uint64]:
     """Masks of near_bits + 2 blocks of bits, as equal as can be."""
     return [np.uint64(sum(1 << int(bit) for bit in block)) for block in np.array_split(bits, near_bits + 2)]
@@ -210,7 +251,7 @@ def text_pairs(texts: DataFrame, similarity: float, context: Context) -> DataFra
     texts = context.keep(with_bands(texts, similarity), "bands")
     bucket = bitwise_and(col("band"), _uint64(BUCKETS - 1)).alias("bucket")
     met: list[DataFrame] = []
-    for name in (name for name in texts.column_names if name.startswith("band_")):
+    for name in _bands(texts):
         banded = texts.select("text", col(name).alias("band"))
         lists = banded.groupby(bucket).agg(to_struct(col("band"), col("text")).list_agg().alias("texts"))
         met.append(exploded(lists, _texts_that_meet(col("texts"))))
@@ -221,6 +262,32 @@ def text_pairs(texts: DataFrame, similarity: float, context: Context) -> DataFra
     for side in ("a", "b"):
         pairs = pairs.join(words.select(col("text").alias(side), col("words").alias(f"words_{side}")), on=side)
     return pairs.where(jaccard(col("words_a"), col("words_b")) >= lit(similarity)).select("a", "b")
+
+
+def matching_texts(texts: DataFrame, others: DataFrame, similarity: float, context: Context) -> DataFrame:
+    """Pairs of a text and one of few others whose word triples are alike, found as by `text_pairs`.
+
+    Args:
+        texts: columns `text` and `words`, see `text_pairs`.
+        others: likewise; no text twice.
+        similarity: Jaccard similarity, more than 0.
+        context: of the running step.
+
+    Returns:
+        Columns `a`, a text, and `b`, another, as hashes.
+    """
+    texts = context.keep(with_bands(texts, similarity), "bands")
+    others = context.keep(with_bands(others, similarity), "other-bands")
+    met: list[DataFrame] = []
+    for name in _bands(texts):
+        other = others.select(name, col("text").alias("b"), col("words").alias("words_b"))
+        both = texts.select(name, col("text").alias("a"), col("words").alias("words_a")).join(other, on=name)
+        met.append(both.where(jaccard(col("words_a"), col("words_b")) >= lit(similarity)).select("a", "b"))
+    return context.keep(functools.reduce(DataFrame.concat, met).distinct(), "met")
+
+
+def _bands(texts: DataFrame) -> list[str]:
+    return [name for name in texts.column_names if name.startswith("band_")]
 
 
 @daft.func.batch(return_dtype=DataType.list(PAIR), batch_size=64)

@@ -129,7 +129,7 @@ def _told(frame: DataFrame, samples: dict[str, int], context: Context) -> dict[t
         col(name).cast(DataType.float64()) for name in ("with_tag", "with_sign", "together", "size")
     )
     spread = (tag * (all_ - tag) * sign * (all_ - sign)).sqrt()
-    linked = linked.with_column("phi", when(spread > lit(0), (joint * all_ - tag * sign) / spread).otherwise(lit(1.0)))
+    linked = linked.with_column("phi", when(spread > lit(0), (joint * all_ - tag * sign) / spread).otherwise(lit(0.0)))
     words = linked.groupby("source", "tags").agg(col("phi").max())
     rate = (col("together") - 1) / (col("with_sign") - 1)
     rates = pairs.select("source", "tags", "signs", rate.alias("rate"))

@@ -10,18 +10,22 @@ from typing import Any
 
 from daft import DataFrame, Window, col, lit
 from daft.functions import format, length, list_count, row_number, when
-from daft.functions import hash as hashed
 
 from xray.curate.frame import BYTES, COLUMNS, TEXT, drop, key_of
 from xray.curate.read_columns import Columns
 from xray.curate.read_files import File, is_remote
 from xray.curate.read_folders import folder
-from xray.curate.read_sources import METADATA, PARQUET, Source, extension, tell_all
+from xray.curate.read_shards import dataset, shards
+from xray.curate.read_sources import METADATA, Source, tell_all
 from xray.curate.read_tables import tables
+from xray.curate.read_values import digest_column
 from xray.curate.settings import Settings
 from xray.curate.step import Context, Step
+from xray.data.errors import DataError
 
 REPEATED = "the id is used already"
+# how Daft's errors say that a file, not this program or its disk, is to blame
+UNREAD = ("CorruptFile", "FileNotFound", "ByteStreamError", "Timeout", "SocketError", "Throttled", "MiscTransient")
 
 
 def read(frame: DataFrame | None, context: Context) -> DataFrame:
@@ -38,11 +42,7 @@ def read(frame: DataFrame | None, context: Context) -> DataFrame:
             made = [(_prefixed(frame, source.name), columns) for frame, columns in made]
         parts += made
     context.facts.update(_facts(sources, [columns for _, columns in parts]))
-    return _unique(
-        _together([frame for frame, _ in parts]),
-        context,
-        cheap=all(extension(file) in PARQUET for source in sources for file in source.files),
-    )
+    return _unique(_together([frame for frame, _ in parts]), context)
 
 
 def inputs(text: str, settings: Settings) -> Any:
@@ -66,6 +66,10 @@ STEP = Step("read", read, reads=("columns",), inputs=inputs)
 def _frames(source: Source, settings: Settings) -> list[tuple[DataFrame, Columns]]:
     if source.kind == "folder":
         return folder(source, settings.columns, settings.retries)
+    if source.kind == "shards":
+        return shards(source, settings.retries)
+    if source.kind == "dataset":
+        return dataset(source)
     return tables(source, source.files, settings.columns, settings.retries)
 
 
@@ -88,25 +92,29 @@ def _prefixed(frame: DataFrame, name: str) -> DataFrame:
     return frame.with_column("id", when(own, col("id")).otherwise(format("{}:{}", lit(name), col("id"))))
 
 
-def _unique(frame: DataFrame, context: Context, cheap: bool) -> DataFrame:
-    """With keys, and of several rows with one id all but one dropped: the one with the longest caption and the most
-    tags stays, and the order of the source does not matter.
+def _unique(frame: DataFrame, context: Context) -> DataFrame:
+    """With keys, and of several rows with one id all but one dropped, under names of their own. The one with the
+    longest caption and the most tags stays; the order of the source does not matter.
 
-    Args:
-        frame: all rows.
-        context: of the step.
-        cheap: ids are read faster than all columns are written and read again.
+    Raises:
+        DataError: a file turned out to be damaged, or could not be read on.
     """
     frame = frame.with_column("key", key_of(col("id")))
     frame = frame.select(*COLUMNS, *(name for name in frame.column_names if name not in COLUMNS))
-    if not cheap:
-        frame = context.keep(frame, "rows")
-    counted = frame.select("key").groupby("key").agg(col("key").count().alias("rows"))
-    repeated = context.keep(counted.where(col("rows") > lit(1)).select("key"), "repeated")
+    try:
+        if "bytes" not in frame.column_names:  # what is embedded is sooner read twice than written twice
+            frame = context.keep(frame, "rows")
+        counted = frame.select("key").groupby("key").agg(col("key").count().alias("rows"))
+        repeated = context.keep(counted.where(col("rows") > lit(1)).select("key"), "repeated")
+    except Exception as error:
+        words = " ".join(str(error).split())
+        if not any(sign in words for sign in UNREAD):
+            raise
+        raise DataError(f"the source {context.source} cannot be read ({words[:300]})") from error
     if repeated.count_rows() == 0:
         return frame
     few = frame.join(repeated, on="key", how="semi")
-    content = hashed(*(col(name) for name in frame.column_names if name not in ("id", "key")))
+    content = digest_column(lit(True), *(col(name) for name in frame.column_names if name not in ("id", "key")))
     better = [col("reason").is_null(), length(col("caption")), list_count(col("tags")), content]
     rank = row_number().over(Window().partition_by("key").order_by(*better, desc=True)).cast(TEXT)
     few = few.with_column("rank", rank)

@@ -18,11 +18,10 @@ from daft.functions import (
     to_list,
     when,
 )
-from daft.functions import hash as hashed
 
 from xray.curate.frame import BYTES, HASH, NUMBER, TEXT, TEXTS
 from xray.curate.read_rows import BELOW, DETAIL, FOLDER, NOTES, PLACE, REASON
-from xray.curate.read_values import hash_column, tag_column
+from xray.curate.read_values import digest_column, hash_column, tag_column
 from xray.data.errors import DataError
 
 # the usual names, lower-case, the better ones first
@@ -40,7 +39,7 @@ USUAL: dict[str, tuple[str, ...]] = {
 }
 NEEDED = ("caption", "tags", "url", "image")  # one of them at least
 # parts that only shards and datasets of this package say
-PLACES = {"offset": DataType.int64(), "size": DataType.int64(), "media": TEXT, "strip": NUMBER}
+PLACES = {"shard": TEXT, "offset": DataType.int64(), "size": DataType.int64(), "media": TEXT, "strip": NUMBER}
 NAME = r"([^/?#]*?)(\.[^./?#]*)?([?#].*)?$"  # last part of a path or address, less its extension
 NO_MEDIA = "it names no image or clip"
 EMPTY = "the row is empty"
@@ -63,7 +62,7 @@ class Columns:
     @property
     def has_media(self) -> bool:
         """Whether the table names or holds images or clips."""
-        return "url" in self.names or "image" in self.names
+        return any(part in self.names for part in ("url", "image", "shard"))
 
 
 def named(setting: str) -> dict[str, str]:
@@ -147,7 +146,7 @@ def shaped(frame: DataFrame, columns: Columns, source: str) -> DataFrame:
         made["bytes"], path = _embedded(names["image"], types)
         link = coalesce(link, _said(path))
     made["link"] = regexp_replace(link, r"^(\./)+", "")
-    made["texts"] = to_list(*(_text(name, types) for name in columns.texts), lit(None).cast(TEXT))  # none: no text
+    made["texts"] = _not_blank(to_list(*(_text(name, types) for name in columns.texts), lit(None).cast(TEXT)))
     for part in ("tags", "alternatives"):
         made[part] = tag_column(_listable(names.get(part), types))
     made["phash"] = hash_column(_hashable(names.get("phash"), types))
@@ -160,28 +159,30 @@ def shaped(frame: DataFrame, columns: Columns, source: str) -> DataFrame:
 def _completed(frame: DataFrame, has_media: bool) -> DataFrame:
     """Addresses, ids and the texts that may stand in for a caption."""
     link, embeds = col("link"), "bytes" in frame.column_names
-    absolute = link.contains("://") | link.startswith("/")
     words = regexp_replace(regexp_extract(link, NAME, 1).lower(), r"[^\p{L}]+", " ")
     words = strip(regexp_replace(regexp_replace(words, r"\b\p{L}{1,2}\b", ""), " +", " "))
     caption = coalesce(col("caption"), lit(""))
     others = list_flatten(to_list(col("alternatives"), col("texts"), to_list(words)))
-    content = [col(name) for name in ("caption", "tags", "label", "identity", "texts", "phash", *["bytes"] * embeds)]
-    by_content = format("{}#{}", col("source"), hashed(*content).cast(TEXT))
-    by_name = when(link.not_null(), format("{}:{}{}", col("source"), col(BELOW), link)).otherwise(by_content)
-    media = link.not_null() | col("bytes").not_null() if embeds else link.not_null()
+    content = (col(name) for name in ("caption", "tags", "label", "identity", "texts", "phash", *["bytes"] * embeds))
+    nameless = col(PLACE).is_null() & col("id").is_null() & link.is_null()
+    by_name = format("{}:{}{}", col("source"), col(BELOW), link)
+    by_content = format("{}#{}", col("source"), digest_column(nameless, *content))
+    named = coalesce(col("shard"), link)
+    media = named.not_null() | col("bytes").not_null() if embeds else named.not_null()
+    absolute = named.contains("://") | named.startswith("/")
     nothing = (caption == lit("")) & (list_count(col("tags")) == lit(0))
     lacking = when(nothing & ~media, lit(EMPTY))
     if has_media:
         lacking = lacking.when(~media, lit(NO_MEDIA))
     made = {
-        "id": coalesce(col(PLACE), col("id"), by_name),
+        "id": coalesce(col(PLACE), col("id"), by_name, by_content),
         "source": col("source"),
-        "url": when(link.is_null(), lit("")).when(absolute, link).otherwise(format("{}{}", col(FOLDER), link)),
+        "url": when(named.is_null(), lit("")).when(absolute, named).otherwise(format("{}{}", col(FOLDER), named)),
         "offset": col("offset"),
         "size": col("size"),
         "media": coalesce(col("media"), lit("")),
         "caption": caption,
-        "alternatives": list_filter(others, (element() != lit(""))),
+        "alternatives": _not_blank(others),
         "tags": col("tags"),
         "label": coalesce(col("label"), lit("")),
         "identity": coalesce(col("identity"), lit("")),
@@ -192,6 +193,10 @@ def _completed(frame: DataFrame, has_media: bool) -> DataFrame:
         "detail": col(DETAIL),
     }
     return frame.select(*(value.alias(name) for name, value in made.items()))
+
+
+def _not_blank(texts: Expression) -> Expression:
+    return list_filter(texts, element() != lit(""))
 
 
 def _said(text: Expression) -> Expression:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import IO, Any, TypeVar
 
 from xray.data.errors import DataError
 from xray.data.shard_files import FINAL
 
 STAMPS = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "created")
+ABSENT = "absent"
+THREADS = 16
 FIRST_PAUSE = 0.25  # seconds before the second attempt; twice as long before each further one
 T = TypeVar("T")
 
@@ -88,9 +90,12 @@ def is_folder(text: str, retries: int) -> bool:
 
     def ask() -> bool:
         file_system, path = fsspec.url_to_fs(text)
-        return bool(file_system.isdir(path))
+        try:
+            return bool(file_system.info(path)["type"] == "directory")  # isdir takes a fault of the network for no
+        except FileNotFoundError:
+            return False
 
-    return not any(sign in text for sign in "*?[{") and attempt(ask, text, retries)
+    return not is_pattern(text) and attempt(ask, text, retries)
 
 
 def listed(folder: str, retries: int) -> list[File]:
@@ -99,31 +104,45 @@ def listed(folder: str, retries: int) -> list[File]:
     Raises:
         DataError: it cannot be listed.
     """
-    found = attempt(lambda: sorted(_walk(folder), key=lambda file: file.name), folder, retries)
-    return found
+    return attempt(lambda: sorted(_walk(folder), key=lambda file: file.name), folder, retries)
 
 
 def matching(pattern: str, retries: int) -> list[File]:
-    """The files of a path, of a pattern with stars or braces, in order.
+    """The files of a path, or of a pattern with stars or braces, in order. What braces name need not be there: its
+    `stamp` is `ABSENT` then.
 
     Raises:
-        DataError: none is there, or it cannot be listed.
+        DataError: it cannot be listed, or nothing is there.
     """
     import braceexpand
 
-    found: list[File] = []
-    exact = not any(sign in pattern for sign in "*?[{") or (not is_remote(pattern) and os.path.exists(pattern))
-    for part in [pattern] if exact else braceexpand.braceexpand(pattern):
-        found += attempt(partial(_matching, part, exact), part, retries)
+    exact = not is_pattern(pattern) or (not is_remote(pattern) and os.path.exists(pattern))
+    parts = [pattern] if exact else list(braceexpand.braceexpand(pattern))
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [file for files in pool.map(lambda part: _matching(part, exact, retries), parts) for file in files]
+    if all(file.stamp == ABSENT for file in found):
+        raise DataError(f"{pattern} cannot be read (no such file)")
     return found
 
 
-def _matching(part: str, exact: bool) -> list[File]:
+def is_pattern(text: str) -> bool:
+    """Whether it has stars or braces."""
+    return any(sign in text for sign in "*?[{")
+
+
+def _matching(part: str, exact: bool, retries: int) -> list[File]:
     import fsspec
 
-    file_system, path = fsspec.url_to_fs(part)
-    paths = [path] if exact or not any(sign in part for sign in "*?[") else sorted(file_system.glob(path))
-    return [_file(part, file_system, file_system.info(path)) for path in paths]
+    def find() -> list[File]:
+        file_system, path = fsspec.url_to_fs(part)
+        if exact or not is_pattern(part):
+            try:
+                return [_file(part, file_system, file_system.info(path))]
+            except FileNotFoundError:
+                return [File(part if is_remote(part) else path, part.rsplit("/", 1)[-1], -1, ABSENT)]
+        return [_file(part, file_system, file_system.info(path)) for path in sorted(file_system.glob(path))]
+
+    return attempt(find, part, retries)
 
 
 def _file(given: str, file_system: Any, info: dict[str, Any]) -> File:

@@ -31,7 +31,7 @@ def folder(source: Source, setting: str, retries: int) -> list[tuple[DataFrame, 
     Raises:
         DataError: a metadata file cannot be read or names no files.
     """
-    metadata = [file for file in source.files if file.name.rsplit("/", 1)[-1] in METADATA]
+    metadata = [file for file in source.files if file.name.rsplit("/", 1)[-1] in METADATA and file.size]
     files = _listing(source.files)
     if not metadata:
         return [(_undescribed(files, source), COLUMNS)]

@@ -25,6 +25,7 @@ BATCH = 8192  # rows
 # folder that holds the file, with a slash behind it, and where that is within the source's folder, likewise.
 NOTES = ("\x1fplace", "\x1freason", "\x1fdetail", "\x1ffolder", "\x1fbelow")
 PLACE, REASON, DETAIL, FOLDER, BELOW = NOTES
+LISTS = pa.list_(pa.string())
 UNREADABLE = "the file cannot be read"
 
 Reader = Callable[[File, pa.Schema], Iterator[pa.Table]]
@@ -103,7 +104,7 @@ class JsonLines:
                     value = None if row is None else row.get(name)
                     table[name].append(None if value is None else take(value))
                 fault = None if row is not None else line if isinstance(line, Fault) else NO_OBJECT
-                _note(table, fault, file, f"{self.source}:{file.name}:{number}")
+                note(table, fault, file, f"{self.source}:{file.name}:{number}")
             yield pa.table(table, schema=columns)
 
 
@@ -132,7 +133,7 @@ class Separated:
                 for name in columns.names[: -len(NOTES)]:
                     place = places.get(name) if fault is None else None
                     table[name].append(None if place is None else fields[place] or None)
-                _note(table, fault, file, f"{self.source}:{file.name}:{number}")
+                note(table, fault, file, f"{self.source}:{file.name}:{number}")
             yield pa.table(table, schema=columns)
 
 
@@ -153,7 +154,8 @@ def schema_of(columns: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema([*columns.items(), *((name, pa.string()) for name in NOTES)])
 
 
-def _note(table: dict[str, list[Any]], fault: Fault | None, file: File, place: str) -> None:
+def note(table: dict[str, list[Any]], fault: Fault | None, file: File, place: str) -> None:
+    """Add a row's notes to a table that is being made; `place` is its id if it has a fault."""
     table[PLACE].append(None if fault is None else place)
     table[REASON].append(None if fault is None else fault.reason)
     table[DETAIL].append(None if fault is None else fault.detail)

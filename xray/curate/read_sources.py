@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from xray.curate.read_files import File, is_folder, is_remote, listed, matching
+from xray.curate.read_files import File, is_folder, listed, matching
 from xray.data.errors import DataError
 from xray.data.folder import EXTENSIONS
 from xray.data.shards import INDEX
@@ -15,6 +15,7 @@ from xray.data.streams import parse_sources
 
 PARQUET, SEPARATED, LINES, SHARDS = (".parquet", ".pq"), (".csv", ".tsv"), (".jsonl", ".ndjson", ".json"), (".tar",)
 TABLES = (*PARQUET, *SEPARATED, *LINES)
+KIND_OF = {"shards": SHARDS, "table": TABLES}
 METADATA = frozenset(f"metadata{extension}" for extension in (".csv", ".jsonl", ".parquet"))
 KINDS = (
     "a Parquet, CSV or JSONL table or a pattern of several, WebDataset shards (*.tar), a folder of any of these, a "
@@ -60,17 +61,13 @@ def tell(text: str, retries: int) -> Source:
     if is_folder(text, retries):
         files = listed(text, retries)
         kind, used = _of_folder(text, files)
-        root = text if is_remote(text) else os.path.abspath(text)
-        return Source(text, name_of(text), kind, tuple(used), root.rstrip("/") + "/")
+        return Source(text, name_of(text), kind, tuple(used), files[0].url.removesuffix(files[0].name))
     files = matching(text, retries)
-    if not files:
-        raise DataError(f"the source {text} names nothing that is there; {KINDS}")
-    if all(_ends(file, SHARDS) for file in files):
-        return Source(text, name_of(text), "shards", tuple(files))
-    if all(_ends(file, TABLES) for file in files):
-        return Source(text, name_of(text), "table", tuple(files))
-    odd = next(file.name for file in files if not _ends(file, (*SHARDS, *TABLES)) or _ends(files[0], SHARDS))
-    raise DataError(f"the source {text} is of no kind that can be told by {odd}; {KINDS}")
+    kinds = [next((kind for kind, ends in KIND_OF.items() if extension(file) in ends), "") for file in files]
+    for file, kind in zip(files, kinds, strict=True):
+        if not kind or kind != kinds[0]:
+            raise DataError(f"the source {text} is of no kind that can be told by {file.name}; {KINDS}")
+    return Source(text, name_of(text), kinds[0], tuple(files))
 
 
 def _of_folder(text: str, files: Sequence[File]) -> tuple[str, Iterable[File]]:
@@ -101,7 +98,9 @@ def _ends(file: File, extensions: Sequence[str]) -> bool:
 
 
 def name_of(text: str) -> str:
-    """Name of the set that a source is: its last part that has no stars or braces, less what follows its first dot."""
-    parts = [part for part in re.split(r"/+", text.rstrip("/")) if part and not re.search(r"[*?\[{]", part)]
-    last = parts[-1] if parts else text
-    return (last if os.path.isdir(text) else last.split(".")[0]) or last
+    """Name of the set that a source is: that of the folder or file, less extensions and what a pattern leaves open."""
+    parts = [part for part in text.split("/") if part]
+    if parts and os.path.isdir(text):
+        return parts[-1]
+    names = [re.split(r"[*?\[{.]", part)[0].rstrip("-_ ") for part in reversed(parts)]
+    return next((name for name in names if name), text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,11 +14,13 @@ from daft.functions import regexp_replace, substr
 
 from xray.curate.frame import TEXT
 from xray.curate.read_columns import Columns, find, shaped
-from xray.curate.read_files import File, opened
+from xray.curate.read_files import File, is_remote, opened
 from xray.curate.read_rows import (
     BELOW,
     DETAIL,
     FOLDER,
+    LISTS,
+    NOTES,
     PLACE,
     REASON,
     UNREADABLE,
@@ -106,10 +108,10 @@ def _json_columns(files: Sequence[File], retries: int) -> list[dict[str, DataTyp
     return [known if isinstance(known, str) else keys for known in found] + [keys for _ in files[PEEKED:]]
 
 
-def _frame(files: list[File], columns: Columns, source: Source, retries: int) -> DataFrame:
+def _frame(files: Sequence[File], columns: Columns, source: Source, retries: int) -> DataFrame:
     """The used columns of files that are alike, with the notes."""
     if extension(files[0]) in PARQUET:
-        return _parquet(files, source)
+        return parquet(files, source)
     used = [*columns.names.values(), *columns.texts]
     if extension(files[0]) in SEPARATED:
         reader: Separated | JsonLines = Separated(source.name, retries)
@@ -117,16 +119,39 @@ def _frame(files: list[File], columns: Columns, source: Source, retries: int) ->
     else:
         reader = JsonLines(source.name, retries)
         lists = {columns.names[part] for part in ("tags", "alternatives") if part in columns.names}
-    types = {name: pa.list_(pa.string()) if name in lists else pa.string() for name in used}
+    types = {name: LISTS if name in lists else pa.string() for name in used}
     return Rows(files, reader, schema_of(types)).read()
 
 
-def _parquet(files: list[File], source: Source) -> DataFrame:
+def parquet(files: Sequence[File], source: Source) -> DataFrame:
+    """Parquet files with the notes of `read_rows`."""
+    nothing = lit(None).cast(TEXT)
+    notes = {PLACE: nothing, REASON: nothing, DETAIL: nothing}
+    if not all(_is_native(file.url) for file in files):
+        with opened(files[0].url, mode="rb", compression=None) as data:
+            columns = pq.read_schema(data).remove_metadata()
+        return Rows(files, parquet_batches, schema_of(dict(zip(columns.names, columns.types, strict=True)))).read()
     frame = daft.read_parquet([file.url for file in files], file_path_column=FOLDER)
     folder = regexp_replace(col(FOLDER), r"[^/]*$", "")
     below = substr(folder, len(source.root)) if source.root else lit("")
-    nothing = lit(None).cast(TEXT)
-    return frame.with_columns({FOLDER: folder, BELOW: below, PLACE: nothing, REASON: nothing, DETAIL: nothing})
+    return frame.with_columns({FOLDER: folder, BELOW: below, **notes})
+
+
+def _is_native(url: str) -> bool:
+    """Whether Daft itself reads it: it knows the protocol, and takes no part of the name for a pattern."""
+    known = not is_remote(url) or url.partition("://")[0] in NATIVE
+    return known and not any(sign in url for sign in "*?[{")
+
+
+def parquet_batches(file: File, columns: pa.Schema) -> Iterator[pa.Table]:
+    """Reader of a Parquet file through fsspec."""
+    with opened(file.url, mode="rb", compression=None) as data:
+        for batch in pq.ParquetFile(data).iter_batches():
+            table = pa.Table.from_batches([batch])
+            notes = {**dict.fromkeys(NOTES), FOLDER: file.folder, BELOW: file.below}
+            for name, text in notes.items():
+                table = table.append_column(name, pa.repeat(pa.scalar(text, pa.string()), len(table)))
+            yield table.cast(columns)
 
 
 def _unread(files: list[tuple[File, str]]) -> DataFrame:

@@ -45,7 +45,7 @@ class Settings:
 
         metadata: the user's own list of entries, a text file with one a line; "" builds one.
         balance: "captions", "tags", "both" or "none".
-        threshold: MetaCLIP's t, the number of pairs an entry keeps; 0 finds it by `tail_share`.
+        threshold: MetaCLIP's t, the number of pairs an entry keeps; 0 finds it by `tail_share`, 20 at least.
         tail_share: share of all matches that entries rarer than t hold.
         tag_threshold: tags on a smaller share of the samples than this are replicated; 0 takes their median's.
         max_copies: of one sample.

@@ -23,7 +23,10 @@ PLURALS = (
     ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
     ("men", "man"), ("ies", "y"),
 )  # fmt: skip
-DOMINANT = 2  # times as often as in all other senses: a word is then taken in its first sense
+DOMINANT = 5  # times as often as in all other senses: a word is then taken in its first sense
+# a synonym is the name if text has it so often, and so many times as often: not "toad" for "frog", which WordNet
+# has in one synset and met four times and twice
+SYNONYM_COUNT, SYNONYM_RATIO, SYNONYM_LETTERS = 5, 2, 3
 # "hearts" is a card game, too: a plural with an entry of its own is still a plural where text has its singular this
 # many times as often, and never less than so often; "glasses" (10 times) and "clothes" are not
 PLURAL_RATIO, PLURAL_COUNT, PLURAL_LETTERS = 20, 10, 4
@@ -92,25 +95,28 @@ class Lexicon:
         if forms:
             return forms[0]
         head, space, last = name.rpartition(" ")
-        return f"{head}{space}{self.singular(last)}" if space else name
+        return f"{head}{space}{self.singular(last)}" if space and not {"and", "or", "&"} & set(head.split()) else name
 
     def canonical(self, name: str) -> str:
         """The one name of what a tag names: singular, and the commonest of its synonyms.
 
         A synonym is taken only where there is little doubt of the sense: the word is used as a noun and in its first
-        sense at least twice as often as in all others together, and that is the first sense of the synonym, too.
+        sense much more often than in all others together, that is the first sense of the synonym, too, and the synonym
+        is clearly commoner.
 
         Args:
             name: in lower case, with single spaces between words.
         """
         single = self.singular(name)
         key = single.replace(" ", "_")
-        if key not in self._nouns or not self._is_plain(key):
+        if key not in self._nouns or len(key) < SYNONYM_LETTERS or not self._is_plain(key):
             return single
         sense = self._nouns[key][0]
         ranked = sorted((-self._count(other, sense), other) for other in self._members(sense))
         most, best = ranked[0]
-        if -most <= self._count(key, sense) or self._nouns[best][0] != sense or not self._is_plain(best):
+        if -most < max(SYNONYM_COUNT, SYNONYM_RATIO * self._count(key, sense)):
+            return single
+        if best == key or self._nouns[best][0] != sense or not self._is_plain(best):
             return single
         return best.replace("_", " ")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -67,8 +68,10 @@ def looks(frames: np.ndarray) -> Looks:
 
 def is_blank(frames: np.ndarray) -> bool:
     """Whether frames, uint8 (T, H, W, 3), are all of one colour."""
-    low, high = frames.min(axis=(0, 1, 2)), frames.max(axis=(0, 1, 2))
-    return bool((high - low < BLANK_RANGE).all())
+    from PIL import Image
+
+    strip = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
+    return all(high - low < BLANK_RANGE for low, high in cast(Any, strip.getextrema()))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000  # of one frame: 8,000 x 8,000
 MAX_CLIP_FRAMES = 9_000  # five minutes at 30 frames a second; longer videos are to be cut into clips first
+ORIENTATION = 0x0112  # of EXIF
 IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 
 
@@ -141,7 +142,7 @@ def _decode_image(
     with image:
         width, height = image.size
         _check_size(width, height, max_pixels)
-        if image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 swap the sides
+        if image.getexif().get(ORIENTATION, 1) >= 5:  # orientations 5 to 8 swap the sides
             width, height = height, width
         lossy = image.format == "JPEG"
         count = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP") and not still else 1
@@ -172,13 +173,16 @@ def _upright_rgb(image: Image.Image, max_side: int | None, trim: bool = False) -
     """One Pillow frame as uint8 (H, W, 3): shrunk, upright, transparency on white."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:  # Pillow copies even what stands upright
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bit(image)
     transparent = image.has_transparency_data
     image = image.convert("RGBA" if transparent else "RGB")
     if trim and transparent:
-        image = image.crop(image.getchannel("A").getbbox())
+        box = image.getchannel("A").getbbox()
+        if box != (0, 0, *image.size):
+            image = image.crop(box)
     if max_side is not None and max(image.size) > max_side:
         image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=3.0)
     if transparent:

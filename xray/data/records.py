@@ -35,6 +35,7 @@ class Record:
         label: the json's, else the cls member.
         split: the json's, "" if none.
         source: the json's, "" if none.
+        identity: the json's, "" if none.
         frames: the json's, 1 if none.
         data: the bytes of the media member.
     """
@@ -47,8 +48,14 @@ class Record:
     label: str
     split: str
     source: str
+    identity: str
     frames: int
     data: bytes = field(repr=False)
+
+    @property
+    def is_strip(self) -> bool:
+        """Whether its frames stand one below the other in an image, as `shards.encode` stores a clip."""
+        return self.media == "clip" and self.frames > 1 and self.extension in ("png", "jpg", "webp")
 
 
 def read_record(group: Group) -> Record | None:
@@ -79,6 +86,7 @@ def read_record(group: Group) -> Record | None:
         label=_text(facts.get("label")) or label,
         split=_text(facts.get("split")),
         source=_text(facts.get("source")),
+        identity=_text(facts.get("identity")),
         frames=frames if isinstance(frames, int) and frames > 0 else 1,
         data=members[extension],
     )
@@ -92,7 +100,7 @@ def decode_record(record: Record, max_side: int, max_frames: int) -> Sample:
         DecodeError: the media is damaged.
     """
     is_clip = record.media == "clip"
-    if is_clip and record.frames > 1 and record.extension in ("png", "jpg", "webp"):
+    if record.is_strip:
         frames = decode_stored(record.data, record.frames)
     else:
         count = max_frames if is_clip else 1

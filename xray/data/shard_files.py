@@ -22,7 +22,7 @@ from xray.data.errors import DataError
 
 BLOCK = 2**20  # bytes a thread reads at a time
 BLOCKS_AHEAD = 2
-ATTEMPTS = 4  # at opening and reading a shard, without any progress between them
+ATTEMPTS = 4
 FIRST_PAUSE = 0.25  # seconds before the second attempt; twice as long before each further one
 MAX_MEMBER = 2**29  # bytes; a header that claims more is taken for damage
 # Another attempt gives the same answer.
@@ -47,12 +47,14 @@ class Group:
         offset: of the first member's header in the shard, in bytes.
         end: where the next group's header is.
         members: lower-case extension -> bytes; b"" for an extension that was not asked for.
+        places: lower-case extension -> where its bytes are in the shard, and how many.
     """
 
     key: str
     offset: int
     end: int = 0
     members: dict[str, bytes] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class ShardFile:
@@ -62,9 +64,10 @@ class ShardFile:
         url: a local path, or an address of any fsspec protocol.
         start: the first byte.
         timeout: seconds without a byte after which a read fails.
+        attempts: at opening and reading it, without any progress between them.
     """
 
-    def __init__(self, url: str, start: int, timeout: float) -> None:
+    def __init__(self, url: str, start: int, timeout: float, attempts: int = ATTEMPTS) -> None:
         self._timeout = timeout
         self._position = start
         self._block, self._used = b"", 0
@@ -73,7 +76,7 @@ class ShardFile:
         self._blocks: queue.Queue[bytes | Exception] = queue.Queue(BLOCKS_AHEAD)
         self._closed = threading.Event()
         # The thread holds no reference to this object, so an abandoned one ends the thread.
-        arguments = (url, start, self._blocks, self._closed)
+        arguments = (url, start, attempts, self._blocks, self._closed)
         threading.Thread(target=_read_ahead, args=arguments, name=f"reading {url}", daemon=True).start()
 
     def read(self, size: int) -> bytes:
@@ -163,6 +166,7 @@ def groups(file: ShardFile, extensions: Container[str]) -> Iterator[Group]:
                 yield group
                 group = None
             group = group or Group(key, member.offset)
+            group.places[extension] = (member.offset_data, member.size)
             if extension in extensions:
                 file.seek(member.offset_data)
                 group.members[extension] = file.read(member.size)  # if it is cut off, the next header is missed
@@ -186,7 +190,9 @@ def _parsed(parse: Callable[[], T]) -> T:
         raise ShardError(f"it is no tar archive, cut off or damaged: {_in_words(error)}") from error
 
 
-def _read_ahead(url: str, start: int, blocks: queue.Queue[bytes | Exception], closed: threading.Event) -> None:
+def _read_ahead(
+    url: str, start: int, attempts: int, blocks: queue.Queue[bytes | Exception], closed: threading.Event
+) -> None:
     """Put the file's blocks into `blocks`, b"" at the end, or the error that ends it; errors of the moment are
     tried again from the byte they came at.
     """
@@ -206,7 +212,7 @@ def _read_ahead(url: str, start: int, blocks: queue.Queue[bytes | Exception], cl
                     position, attempt = position + len(block), 0
         except Exception as error:  # each file system has errors of its own
             attempt += 1
-            if isinstance(error, FINAL) or attempt == ATTEMPTS:
+            if isinstance(error, FINAL) or attempt == attempts:
                 blocks.put(error)
                 return
             closed.wait(FIRST_PAUSE * 2 ** (attempt - 1))

@@ -25,7 +25,7 @@ from xray.data.shards import folder_errors
 
 EMOJIBASE = ("emojibase-data", "17.0.0")
 FLUENT_EMOJI = [(f"@lobehub/fluent-emoji-anim-{part}", "1.0.0") for part in (1, 2, 3, 4)]
-FORMAT = "1"  # of the folders; another number makes them anew from the downloads
+FORMAT = "2"  # of the folders; another number makes them anew from the downloads
 COMPLETE = ".complete.json"
 
 
