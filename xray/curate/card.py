@@ -21,11 +21,11 @@ from daft import DataFrame, col, lit
 
 import xray
 from xray.curate import charts, figures
-from xray.curate.ledger import COPIED
 from xray.curate.pictures import Album
 from xray.curate.settings import Settings
 from xray.curate.step import ROWS, Finished, stored
 from xray.curate.story import visible
+from xray.data.shards import COPIED
 
 TEMPLATE = "card.html.jinja"
 LONGEST = 110  # characters of a caption

@@ -17,10 +17,9 @@ from daft.functions import coalesce, concat
 from xray.curate.frame import TEXT
 from xray.curate.step import ROWS, Finished, load, step_folders, stored
 from xray.data.errors import DataError
-from xray.data.shards import LEDGER, ledger_schema
+from xray.data.shards import COPIED, LEDGER, ledger_schema
 
 SCHEMA = ledger_schema().append(pa.field("detail", pa.string()))
-COPIED = "copied"  # the reason of samples that balancing takes more than once: they stay
 ROW_GROUP = 2**16
 WIDTH = 100  # columns of a terminal
 

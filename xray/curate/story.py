@@ -66,11 +66,16 @@ def visible(text: str) -> str:
 
 
 def _row_of(id: str, folder: Path) -> Row | None:
-    """A sample's row in a step's table."""
-    table = dataset.dataset(sorted((folder / ROWS).rglob("*.parquet")))
-    names = [name for name in table.schema.names if name not in HEAVY]
-    rows = table.head(1, columns=names, filter=dataset.field("id") == id).to_pylist()
-    return rows[0] if rows else None
+    """A sample's row in a step's table; of all other rows only the ids are read."""
+    for path in sorted((folder / ROWS).rglob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if name not in HEAVY]
+            for group in range(file.num_row_groups):
+                place = pc.index(file.read_row_group(group, columns=["id"])["id"], id).as_py()
+                if place >= 0:
+                    row: Row = file.read_row_group(group, columns=names).slice(place, 1).to_pylist()[0]
+                    return row
+    return None
 
 
 def _changes(before: Row, row: Row, folder: Path) -> Iterator[str]:
