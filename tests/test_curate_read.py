@@ -147,7 +147,9 @@ def test_mixed_types_in_lines_are_read_or_counted(tmp_path: Path) -> None:
         "[" * 100_000,
         "\ufeff{}",
     ]
-    found = rows_from(lines(tmp_path / "t.jsonl", rows), tmp_path)
+    path = lines(tmp_path / "t.jsonl", rows)
+    path.write_bytes(path.read_bytes() + b'{"id": "8", "caption": "caf\xe9"}\n')
+    found = rows_from(path, tmp_path)
     told = {id: (row["caption"], row["tags"]) for id, row in found.items() if row["reason"] is None}
     without_id = next(id for id, (caption, _) in told.items() if caption == "no id")
     assert without_id.startswith("t#")
@@ -157,6 +159,7 @@ def test_mixed_types_in_lines_are_read_or_counted(tmp_path: Path) -> None:
         "two": ("2.5", ["c", "d"]),
         "3": ("first", ["7"]),
         "5": ("", ["half ?"]),
+        "8": ("caf\ufffd", []),
         without_id: ("no id", []),
     }
     assert {id: row["reason"] for id, row in found.items() if row["reason"]} == {
@@ -278,16 +281,17 @@ def test_ids_are_unique_whatever_the_order(tmp_path: Path) -> None:
     ]
     rows += [{"id": "b", "caption": "same"}] * 3 + [{"id": "c", "caption": None, "tags": ["x"]}]
     rows += [{"id": None, "caption": "no id"}, {"id": "", "caption": "no id"}, {"id": None, "caption": "no id, other"}]
+    rows += [{"id": "d", "caption": caption, "tags": [tag]} for caption, tag in ("xy", "yx", "yy")]
     results = []
     for turn in range(3):
         random.Random(turn).shuffle(rows)
         folder = tmp_path / str(turn)
         folder.mkdir()
         found = rows_from(lines(folder / "t.jsonl", rows), folder)
-        assert len(found) == len(rows)
+        assert len(found) == len(rows) == len({row["key"] for row in found.values()})
         results.append({id: (row["caption"], row["reason"], row["detail"], row["key"]) for id, row in found.items()})
         assert found["a"]["caption"] == "the longest"
-        used = {"a#2": "a", "a#3": "a", "b#2": "b", "b#3": "b"}
+        used = {f"{id}#{number}": id for id in "abd" for number in (2, 3)}
         dropped = {id: row["detail"] for id, row in found.items() if row["reason"] == "the id is used already"}
         (repeated,) = set(dropped) - set(used)
         assert repeated.startswith("t#")

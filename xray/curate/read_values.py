@@ -156,7 +156,7 @@ def digest_column(missing: Series, *content: Series) -> pa.Array:
         *(_as_text(column.filter(Series.from_arrow(wanted))) for column in content),
         pa.scalar("\x1e", pa.large_string()),
         null_handling="replace",
-        null_replacement="\0",
+        null_replacement="",
     )
     digests = _array(Series.from_arrow(joined).hash()).cast(pa.string())
     return pc.replace_with_mask(pa.nulls(len(wanted), pa.string()), wanted, digests)
