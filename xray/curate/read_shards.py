@@ -13,7 +13,7 @@ from daft.functions import when
 
 from xray.curate.read_columns import Columns, shaped
 from xray.curate.read_files import File
-from xray.curate.read_rows import BATCH, LISTS, Fault, Rows, note, schema_of
+from xray.curate.read_rows import BATCH, LISTS, NOTES, Fault, Rows, note, schema_of
 from xray.curate.read_sources import Source
 from xray.curate.read_tables import parquet
 from xray.data.errors import DataError, DecodeError
@@ -34,7 +34,7 @@ _SCHEMA = schema_of(
         "tags": LISTS,
     }
 )
-_NAMES = {"url": "name", **{name: name for name in _SCHEMA.names[:12] if name != "name"}}
+_NAMES = {"url": "name", **{name: name for name in _SCHEMA.names[: -len(NOTES)] if name != "name"}}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Members:
         while batch := list(islice(rows, BATCH)):
             table: dict[str, list[Any]] = {name: [] for name in columns.names}
             for row, fault, place in batch:
-                for name in columns.names[:12]:
+                for name in columns.names[: -len(NOTES)]:
                     table[name].append(row.get(name))
                 note(table, fault, file, place)
             yield pa.table(table, schema=columns)
