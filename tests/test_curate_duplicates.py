@@ -249,9 +249,10 @@ def test_pictures_that_look_alike_in_shape_and_colours_are_duplicates(tmp_path: 
             {"phash": 7, "colours": (grey + 50).tobytes()},  # the same shape in other colours
             {"phash": 7, "colours": spot.tobytes()},  # one part differs
             {"phash": None, "colours": None},
+            {"phash": 7, "colours": (grey + np.tile([3, 253], 1152).astype(np.uint8)).tobytes()},  # in every part
         ]
     )
-    expected = {**{f"{number:03d}": None for number in range(7)}, "000": "003", "001": "003"}
+    expected = {**{f"{number:03d}": None for number in range(8)}, "000": "003", "001": "003"}
     assert near(tmp_path / "a", rows) == expected
     assert near(tmp_path / "b", rows, seed=3) == expected
 
