@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from curate_frames import frame_of
 from daft import DataFrame, col, lit
+from daft.functions import when
 
 from xray.curate import Curated, Settings, curate, pipeline
 from xray.curate.frame import drop, keeping
@@ -18,6 +19,7 @@ from xray.curate.step import Context
 from xray.data.shards import INDEX, encode
 
 EVIL = "<script>alert('caption')</script> \"quoted\" & co"
+WHY = "3 copies: tag 'thing' is on 2 samples"
 Row = dict[str, Any]
 Change = Callable[[Row], Row]
 
@@ -61,7 +63,7 @@ def matched(row: Row) -> Row:
 
 
 def balanced(row: Row) -> Row:
-    copies = {"003": 3, "004": 0, "005": 2}.get(row["id"], 1)
+    copies = {"003": 3, "004": 0, "005": 2, "006": 2}.get(row["id"], 1)
     return {"copies": copies, "probability": float(copies)}
 
 
@@ -99,6 +101,11 @@ STEPS: dict[str, tuple[Change | None, dict[str, tuple[str, str | None]], dict[st
         {"groups": 1, "largest": 3, "examples": [["003", "009", "010"]]},
     ),
     "near_duplicates": (None, {"008": ("nearly the same picture as another", "004")}, {}),
+    "decontaminate": (
+        None,
+        {},
+        {"evaluation": [{"set": EVIL, "samples": 70, "hashes": 60, "long_captions": 5}]},
+    ),
     "agreement": (None, {}, {"scored": 8, "threshold": 0.5, "histogram": [[-0.4, 2], [0.1, 4], [0.6, 2]]}),
     "match": (matched, {}, {"entries": 12, "top": [[EVIL, 8], ["dog", 1]]}),
     "balance": (balanced, {"004": ("in no rare entry", None)}, {"captions": {"threshold": 4}}),
@@ -143,6 +150,9 @@ def _running(
         if change is not None:
             frame = frame_of([{**row, **change(row)} for row in frame.to_pylist()])
         frame = keeping(frame)
+        if name == "balance" and change is not None:  # it says why it copies
+            why = when(col("id") == lit("003"), lit(WHY)).otherwise(col("detail"))
+            frame = frame.with_column("detail", why)
         for id, (reason, detail) in leaving.items():
             frame = drop(frame, col("id") == lit(id), reason, lit(detail) if detail else None)
         return frame

@@ -241,7 +241,7 @@ def test_curate_prints_what_every_step_did(run: Run, steps: list[str], tmp_path:
     assert status == 0
     assert lines[0].split() == ["step", "in", "out", "seconds", "dropped"]
     assert lines[1].split()[:3] == ["read", "12", "12"]
-    assert lines[-3] == "12 rows: 7 kept, 1 of them more than once; 5 dropped"
+    assert lines[-3] == "12 rows: 7 kept, 2 of them more than once; 5 dropped"
     assert lines[-2:] == [str(tmp_path / "out" / name) for name in ("index.parquet", "card.html")]
     assert all(Path(line).is_file() for line in lines[-2:])
     assert len(steps) == 14

@@ -94,7 +94,7 @@ def test_the_card_shows_what_happened(page: Page) -> None:
         "12 rows went in, 7 samples are in the shards, and each of the 5 others has its reason",
         "decode 12 11 1 not an image",
         "exact duplicates 11 9 2 the same pixels as another",
-        "balance 1 copied",
+        "balance 2 copied",
         "1 changed, 1 replaced, 0 emptied",
         "see www.example.com a dog \\u200b a dog",
         "hash 12 \u2013",
@@ -106,11 +106,12 @@ def test_the_card_shows_what_happened(page: Page) -> None:
         "Dogs now dog 1 1",
         "6 spellings became 5 tags",
         "Dogs dog 1",
+        "long captions <script>alert('caption')</script> \"quoted\" & co 70 60 5",
         "exact duplicates: 1 groups, the largest of 3",
         "t = 4",
         "entries matched 8 7",
         "test image 1",
-        "set 11 6 8",
+        "set 11 6 9",
         "other 1 1 1",
         "clip kept 1 3",
         "image not an image 1 \u2013",
@@ -186,10 +187,10 @@ def test_secrets_of_a_url_are_not_shown(tmp_path: Path) -> None:
     assert card.public("https://me:pass@host/a.parquet?X-Signature=1") == "https://host/a.parquet"
     assert card.public("s3://bucket/a*.parquet") == "s3://bucket/a*.parquet"
     assert card.public("what is this?/a@b") == "what is this?/a@b"
-    line = card.command(
-        "https://me:pass@host/a b", tmp_path / "out", Settings(seed=3, address="ray://me@host", test_share=0.2)
-    )
-    assert line == "xray curate 'https://host/a b' out seed=3 test_share=0.2"
+    assert card.public("s3://a/b?key=1,https://u:p@c/d") == "s3://a/b,https://c/d"
+    settings = Settings(seed=3, address="ray://me@host", test_share=0.2, against="s3://u:p@set")
+    line = card.command("https://me:pass@host/a b", tmp_path / "out", settings)
+    assert line == "xray curate 'https://host/a b' out seed=3 against=s3://set test_share=0.2"
 
 
 def spectrum(*tags: list[str], copies: list[int] | None = None) -> figures.Spectrum:

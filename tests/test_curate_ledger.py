@@ -9,7 +9,7 @@ from pathlib import Path
 import daft
 import pyarrow.parquet as pq
 import pytest
-from curate_finished import EVIL, finished_run
+from curate_finished import EVIL, WHY, finished_run
 from curate_frames import frame_of
 from daft import col, lit
 
@@ -34,19 +34,20 @@ def test_every_sample_that_left_or_was_copied_is_noted_in_order(done: Curated) -
         ("009", "exact_duplicates", "the same pixels as another", "003"),
         ("010", "exact_duplicates", "the same pixels as another", "009"),
         ("008", "near_duplicates", "nearly the same picture as another", "004"),
-        ("003", "balance", "copied", "3 copies"),
+        ("003", "balance", "copied", WHY),
         ("004", "balance", "in no rare entry", None),
+        ("006", "balance", "copied", "2 copies"),
     ]
 
 
 def test_the_ledger_accounts_for_every_row(done: Curated) -> None:
     account = ledger.account(done.out)
-    assert account == ledger.Account(rows=12, kept=7, dropped=5, copied=1)
-    assert str(account) == "12 rows: 7 kept, 1 of them more than once; 5 dropped"
+    assert account == ledger.Account(rows=12, kept=7, dropped=5, copied=2)
+    assert str(account) == "12 rows: 7 kept, 2 of them more than once; 5 dropped"
     assert str(ledger.Account(6899, 4800, 2099, 0)) == "6,899 rows: 4,800 kept; 2,099 dropped"
     counted = Counter(pq.read_table(done.out / LEDGER)["step"].to_pylist())
     for step in done.steps:
-        assert counted[step.name] == step.rows_in - step.rows_out + (step.name == "balance")
+        assert counted[step.name] == step.rows_in - step.rows_out + 2 * (step.name == "balance")
 
 
 def test_a_ledger_that_misses_a_row_is_refused(done: Curated, tmp_path: Path) -> None:
@@ -157,6 +158,10 @@ def test_the_story_of_a_sample_that_left(done: Curated, id: str, ending: str) ->
     assert " ".join(ending.split()) in " ".join(story.split())
     assert "kept" not in story
     assert max(map(len, story.splitlines())) <= 100
+
+
+def test_the_story_of_a_copied_sample_says_why(done: Curated) -> None:
+    assert f"                    {WHY}\n" in explain("003", done.out)
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,10 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def public(source: str) -> str:
-    """A path or URL less what may be secret in it: a user's name and password, and what signs a request."""
-    return re.sub(r"(://)[^/@]*@", r"\1", source).split("?")[0] if "://" in source else source
+    """Paths or URLs less what may be secret in them: a user's name and password, and what signs a request."""
+    if "://" not in source:
+        return source
+    return re.sub(r"\?[^,]*", "", re.sub(r"(://)[^/@,]*@", r"\1", source))
 
 
 def command(source: str, out: Path, settings: Settings) -> str:
@@ -159,7 +161,8 @@ def command(source: str, out: Path, settings: Settings) -> str:
 
 
 def _effective(settings: Settings) -> Iterator[tuple[str, Any]]:
-    return ((name, value) for name, value in asdict(settings).items() if name not in UNTOLD)
+    told = ((name, value) for name, value in asdict(settings).items() if name not in UNTOLD)
+    return ((name, public(value) if isinstance(value, str) else value) for name, value in told)
 
 
 def _share(value: float) -> str:

@@ -58,7 +58,7 @@ def write(path: Path, folders: Mapping[str, Path]) -> None:
     draft = path.with_name(f".{path.name}")
     with pq.ParquetWriter(draft, SCHEMA) as writer:
         for part in _groups(_noted(folders)):
-            writer.write_table(part, row_group_size=ROW_GROUP)
+            writer.write_table(part)
     os.replace(draft, path)
 
 
