@@ -79,10 +79,10 @@ def tokenizer() -> str:
 
 
 def agree(
-    rows: list[dict[str, Any]], folder: Path, partitions: int = 1, **settings: Any
+    rows: list[dict[str, Any]], folder: Path, **settings: Any
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """What the step makes of rows whose pixels are in the table of `decode`, by id, and its facts."""
-    frame = frame_of(rows, partitions=partitions)
+    frame = frame_of(rows)
     frame.write_parquet(str(folder / "decode" / "rows"))
     context = replace(context_for(folder / "agreement", **settings), earlier={"decode": folder / "decode"})
     heavy = [name for name in ("data",) if name in frame.column_names]
@@ -104,12 +104,12 @@ def test_swapped_captions_are_found(shapes: list[dict[str, Any]], run: Path, tmp
     assert np.mean(kept) > 1.5 > 0.5 > np.mean([rows[id]["agreement"] for id in dropped])
 
 
-def test_scores_do_not_depend_on_order_and_partitions(shapes: list[dict[str, Any]], run: Path, tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_what_comes_with_them(shapes: list[dict[str, Any]], run: Path, tmp_path: Path) -> None:
     one, facts = agree(shapes, tmp_path / "one", checkpoint=str(run / "model.safetensors"))
     named = [{**row, "id": f"{number:03d}"} for number, row in enumerate(shapes)]
-    three, facts_of_three = agree(named[::-1], tmp_path / "three", partitions=3, checkpoint=str(run))
-    assert one == three
-    assert facts == facts_of_three
+    turned, facts_of_turned = agree(named[::-1], tmp_path / "turned", checkpoint=str(run))
+    assert one == turned
+    assert facts == facts_of_turned
     assert facts["scored"] == PAIRS == sum(count for _, count in facts["histogram"])
     assert 0 < sum(row["reason"] is not None for row in one.values()) <= 0.1 * PAIRS
 
@@ -200,7 +200,7 @@ def test_chance_is_that_of_the_same_sample_in_any_order(monkeypatch: pytest.Monk
     pairs = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     ids = [f"{number:03d}" for number in range(40)]
     frame = daft.from_pydict({"id": ids, "pair": pairs.tolist()})
-    turned = daft.from_pydict({"id": ids[::-1], "pair": pairs[::-1].tolist()}).into_partitions(3)
+    turned = daft.from_pydict({"id": ids[::-1], "pair": pairs[::-1].tolist()})
     mean, covariance = agreement._chance(frame)
     np.testing.assert_allclose(mean, pairs.reshape(40, 2, 3).mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(covariance[1], np.cov(pairs[:, 3:].T, bias=True), atol=1e-6)
