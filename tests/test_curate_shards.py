@@ -51,7 +51,7 @@ def before_shards(
 ) -> tuple[DataFrame, Context]:
     """What the step is given: samples that are left, and their media in the table of `decode`."""
     frame = keeping(frame_of(rows))
-    decoded = finish(frame, folder / "decode")
+    decoded = finish(in_parts(frame, folder / "made", partitions), folder / "decode")
     read = finish(frame.select("id", "reason"), folder / "read", has_media=has_media)
     context = context_for(folder / "shards", **{"shard_bytes": 40_000, **settings})
     context = dataclasses.replace(context, earlier={"read": read, "decode": decoded})
@@ -75,7 +75,7 @@ def test_partitions_change_no_byte_and_the_seed_does(tmp_path: Path) -> None:
     assert sorted(one) == ["index.parquet", *(f"shard-{number:05d}.tar" for number in range(len(one) - 1))]
     assert len(one) > 4
     assert contents(written(tmp_path / "five", rows, partitions=5)) == one
-    assert contents(written(tmp_path / "other", rows, seed=1)) != one
+    assert contents(written(tmp_path / "other", rows, seed=1))["shard-00000.tar"] != one["shard-00000.tar"]
 
 
 def test_every_sample_is_read_back(tmp_path: Path) -> None:
@@ -141,6 +141,11 @@ def test_waves_hold_a_part_of_the_media_each_and_lose_nothing(tmp_path: Path, mo
     assert all(entries == media < 40 for entries, media in sizes)
     one = contents(written(tmp_path / "two", rows))
     assert contents(written(tmp_path / "three", rows, partitions=5)) == one
+    keys = []
+    for path in sorted((tmp_path / "two" / "shards").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            keys += [name[:8] for name in tar.getnames()[::2]]
+    assert keys == [f"{number:08d}" for number in range(60)]
     everything = Dataset(tmp_path / "two" / "shards", None)
     assert sorted(everything.column("id")) == [row["id"] for row in rows]
     for sample in (everything[position] for position in range(60)):
