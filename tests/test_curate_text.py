@@ -179,10 +179,17 @@ def test_a_true_title_on_many_pictures_stays(witness: str, tmp_path: Path) -> No
 
 def test_a_title_that_a_tag_of_all_names_is_boilerplate(tmp_path: Path) -> None:
     """Agreement counts only above what chance gives."""
-    rows = [{**row, "tags": [*row["tags"], "openclipart"]} for row in pictures(300)]
+    rows = [{**row, "tags": [*row["tags"], "openclipart"], "alternatives": []} for row in pictures(300)]
     for row in rows[:90:3]:
         row["caption"] = "Openclipart"
     assert run(rows, tmp_path)[1]["boilerplate"] == [["openclipart", 30]]
+
+
+def test_a_title_of_which_little_is_named_is_boilerplate(tmp_path: Path) -> None:
+    rows = pictures(300)
+    for row in rows[:90:3]:
+        row.update(caption="Lemon contest winners gallery", tags=["lemon"], alternatives=[])
+    assert run(rows, tmp_path)[1]["boilerplate"] == [["lemon contest winners gallery", 30]]
 
 
 def test_a_collection_of_different_things_is_boilerplate(tmp_path: Path) -> None:
