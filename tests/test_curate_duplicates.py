@@ -264,6 +264,11 @@ def test_of_a_chain_the_best_stays_and_all_name_it(tmp_path: Path) -> None:
     assert list(verdicts(near_duplicates, tmp_path, plain).values()) == ["002", "002", None, "002"]
 
 
+def test_pictures_tied_by_one_of_other_colours_are_no_duplicates(tmp_path: Path) -> None:
+    rows = pictures([{"phash": 0}, {"phash": 0b111, "colours": bytes([150]) * 2304}, {"phash": 0b111111}])
+    assert set(near(tmp_path, rows).values()) == {None}
+
+
 def test_clips_are_compared_frame_by_frame(tmp_path: Path) -> None:
     frames = [1 << number * 4 for number in range(8)]
     others = [FAR ^ 1 << number * 4 for number in range(8)]
