@@ -22,8 +22,7 @@ def rank_chart(
         description: the text that a screen reader gets.
         mark: a name and a frequency at which a line crosses the chart.
     """
-    drawn = [(name, [point for point in points if min(point) > 0]) for name, points in series]
-    every = [point for _, points in drawn for point in points]
+    every = [point for _, points in series for point in points]
     if not every:
         return _nothing()
     right = max(math.log10(max(x for x, _ in every)), 1e-3)
@@ -46,11 +45,11 @@ def rank_chart(
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level:.1f}" y2="{level:.1f}"/>')
         text = f'<text class="tick" x="{WIDTH - RIGHT}" y="{level - 5:.1f}" text-anchor="end">{escape(mark[0])}</text>'
         parts.append(text)
-    for number, (_, points) in enumerate(drawn):
+    for number, (_, points) in enumerate(series):
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
         parts.append(f'<polyline class="curve s{number}" points="{path}"/>')
     parts.append("</svg>")
-    return Markup("".join([*parts, _legend([name for name, _ in drawn])]))
+    return Markup("".join([*parts, _legend([name for name, _ in series])]))
 
 
 def histogram(
