@@ -18,7 +18,8 @@ from curate_finished import STEPS, finished_run
 from curate_frames import frame_of
 from PIL import Image
 
-from xray.curate import Curated, Settings, card, charts, figures, pictures, pipeline
+from xray.curate import Curated, Settings, card, pipeline
+from xray.curate.card import charts, figures, pictures
 from xray.curate.frame import keeping
 from xray.curate.step import ROWS, stored
 from xray.data.shards import encode

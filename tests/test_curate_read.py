@@ -23,9 +23,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from media_files import encoded, make_folder, picture
 
 from xray import data
-from xray.curate import read, read_files
+from xray.curate import read
 from xray.curate.frame import COLUMNS
 from xray.curate.settings import Settings
+from xray.curate.sources import files
 from xray.curate.step import Context
 from xray.data.errors import DataError
 from xray.data.shards import Entry, ShardWriter, encode
@@ -551,7 +552,7 @@ def test_sources_behind_other_protocols(tmp_path: Path) -> None:
 
 def test_what_fails_is_tried_again_with_growing_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(read_files.time, "sleep", pauses.append)
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
     failures = iter([OSError("reset"), TimeoutError("late"), OSError("again")])
 
     def action() -> str:
@@ -559,14 +560,14 @@ def test_what_fails_is_tried_again_with_growing_pauses(tmp_path: Path, monkeypat
             raise error
         return "read"
 
-    assert read_files.attempt(action, "it", retries=3) == "read"
+    assert files.attempt(action, "it", retries=3) == "read"
     assert pauses == [0.25, 0.5, 1.0]
     failures = iter([OSError("reset"), OSError("a\nlast one")])
     with pytest.raises(DataError, match=r"^it cannot be read \(a last one\)$"):
-        read_files.attempt(action, "it", retries=1)
+        files.attempt(action, "it", retries=1)
     failures = iter([FileNotFoundError("gone")])
     with pytest.raises(DataError, match=r"it cannot be read \(gone\)"):
-        read_files.attempt(action, "it", retries=5)
+        files.attempt(action, "it", retries=5)
     assert len(pauses) == 4
 
 
@@ -600,7 +601,7 @@ def test_an_unreachable_address_is_tried_again(
     name: str, failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(read_files, "FIRST_PAUSE", 0)
+    monkeypatch.setattr(files, "FIRST_PAUSE", 0)
     store = Flaky()
     store.pipe("/flaky/t.csv", b"id,caption\n1,one\n")
     monkeypatch.setattr(Flaky, "failures", failures)

@@ -12,14 +12,14 @@ from daft import DataFrame, Window, col, lit
 from daft.functions import format, length, list_count, row_number, when
 
 from xray.curate.frame import BYTES, COLUMNS, TEXT, drop, key_of
-from xray.curate.read_columns import Columns
-from xray.curate.read_files import File, is_remote
-from xray.curate.read_folders import folder
-from xray.curate.read_shards import dataset, shards
-from xray.curate.read_sources import METADATA, Source, tell_all
-from xray.curate.read_tables import tables
-from xray.curate.read_values import digest_column
 from xray.curate.settings import Settings
+from xray.curate.sources.columns import Columns
+from xray.curate.sources.files import File, is_remote
+from xray.curate.sources.folders import folder
+from xray.curate.sources.kinds import METADATA, Source, tell_all
+from xray.curate.sources.shards import dataset, shards
+from xray.curate.sources.tables import tables
+from xray.curate.sources.values import digest_column
 from xray.curate.step import Context, Step
 from xray.data.errors import DataError
 

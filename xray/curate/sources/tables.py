@@ -13,9 +13,10 @@ from daft import DataFrame, DataType, col, lit
 from daft.functions import regexp_replace, substr
 
 from xray.curate.frame import TEXT
-from xray.curate.read_columns import Columns, find, shaped
-from xray.curate.read_files import File, is_remote, opened
-from xray.curate.read_rows import (
+from xray.curate.sources.columns import Columns, find, shaped
+from xray.curate.sources.files import File, is_remote, opened
+from xray.curate.sources.kinds import LINES, PARQUET, SEPARATED, Source, extension
+from xray.curate.sources.rows import (
     BELOW,
     DETAIL,
     FOLDER,
@@ -31,7 +32,6 @@ from xray.curate.read_rows import (
     keys_of,
     schema_of,
 )
-from xray.curate.read_sources import LINES, PARQUET, SEPARATED, Source, extension
 from xray.data.errors import DataError
 
 NATIVE = ("s3", "s3a", "s3n", "gs", "gcs", "az", "abfs", "abfss", "http", "https")  # protocols that Daft reads
@@ -124,7 +124,7 @@ def _frame(files: Sequence[File], columns: Columns, source: Source, retries: int
 
 
 def parquet(files: Sequence[File], source: Source) -> DataFrame:
-    """Parquet files with the notes of `read_rows`."""
+    """Parquet files with the notes of `rows`."""
     nothing = lit(None).cast(TEXT)
     notes = {PLACE: nothing, REASON: nothing, DETAIL: nothing}
     if not all(_is_native(file.url) for file in files):

@@ -20,8 +20,8 @@ import pyarrow
 from daft import DataFrame, col, lit
 
 import xray
-from xray.curate import charts, figures
-from xray.curate.pictures import Album
+from xray.curate.card import charts, figures
+from xray.curate.card.pictures import Album
 from xray.curate.settings import Settings
 from xray.curate.step import ROWS, Finished, stored
 from xray.curate.story import visible

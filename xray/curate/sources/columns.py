@@ -20,8 +20,8 @@ from daft.functions import (
 )
 
 from xray.curate.frame import BYTES, HASH, NUMBER, TEXT, TEXTS
-from xray.curate.read_rows import BELOW, DETAIL, FOLDER, NOTES, PLACE, REASON
-from xray.curate.read_values import digest_column, hash_column, tag_column
+from xray.curate.sources.rows import BELOW, DETAIL, FOLDER, NOTES, PLACE, REASON
+from xray.curate.sources.values import digest_column, hash_column, tag_column
 from xray.data.errors import DataError
 
 # the usual names, lower-case, the better ones first
@@ -133,7 +133,7 @@ def shaped(frame: DataFrame, columns: Columns, source: str) -> DataFrame:
     """The columns of `frame.COLUMNS`, less `key`, with `reason`, `detail` and, where the table embeds media, `bytes`.
 
     Args:
-        frame: a table with the notes of `read_rows`.
+        frame: a table with the notes of `rows`.
         columns: what to take of it.
         source: name of the set, for samples that say none.
     """

@@ -11,11 +11,11 @@ import pyarrow as pa
 from daft import DataFrame, col, lit
 from daft.functions import when
 
-from xray.curate.read_columns import Columns, shaped
-from xray.curate.read_files import File
-from xray.curate.read_rows import BATCH, LISTS, NOTES, Fault, Rows, note, schema_of
-from xray.curate.read_sources import Source
-from xray.curate.read_tables import parquet
+from xray.curate.sources.columns import Columns, shaped
+from xray.curate.sources.files import File
+from xray.curate.sources.kinds import Source
+from xray.curate.sources.rows import BATCH, LISTS, NOTES, Fault, Rows, note, schema_of
+from xray.curate.sources.tables import parquet
 from xray.data.errors import DataError, DecodeError
 from xray.data.records import read_record
 from xray.data.shard_files import Group, ShardError, ShardFile, groups

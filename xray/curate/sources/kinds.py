@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from xray.curate.read_files import File, is_folder, listed, matching
+from xray.curate.sources.files import File, is_folder, listed, matching
 from xray.data.errors import DataError
 from xray.data.folder import EXTENSIONS
 from xray.data.shards import INDEX

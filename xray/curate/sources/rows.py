@@ -16,8 +16,8 @@ from daft.io.source import DataSource, DataSourceTask
 from daft.recordbatch import RecordBatch
 from daft.schema import Schema
 
-from xray.curate.read_files import File, opened
-from xray.curate.read_values import tags_of, text_of
+from xray.curate.sources.files import File, opened
+from xray.curate.sources.values import tags_of, text_of
 from xray.data.errors import DataError
 
 BATCH = 8192  # rows

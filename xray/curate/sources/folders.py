@@ -12,12 +12,12 @@ from daft import DataFrame, col, lit
 from daft.functions import download
 
 from xray.curate.frame import TEXT, drop
-from xray.curate.read_columns import Columns, shaped
-from xray.curate.read_files import File
-from xray.curate.read_rows import BELOW, DETAIL, FOLDER, PLACE, REASON
-from xray.curate.read_sources import METADATA, Source
-from xray.curate.read_tables import tables
-from xray.curate.read_values import text_column
+from xray.curate.sources.columns import Columns, shaped
+from xray.curate.sources.files import File
+from xray.curate.sources.kinds import METADATA, Source
+from xray.curate.sources.rows import BELOW, DETAIL, FOLDER, PLACE, REASON
+from xray.curate.sources.tables import tables
+from xray.curate.sources.values import text_column
 from xray.data.errors import DataError
 from xray.data.folder import EXTENSIONS
 
