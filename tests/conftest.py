@@ -11,6 +11,7 @@ LONG = (
     "distributed",
     "triton",
     "extension",
+    "curate_runs",
     "train",
     "demo",
     "chaos",
