@@ -81,12 +81,28 @@ def prepare_demo(
         if missing:
             shapes = out.with_name(f"{out.name}-generated")
             folders.append(str(generated(shapes, size, seed, image_size=max_side, num_frames=max(2, max_frames))))
-        settings = Settings(seed=seed, max_side=max_side, max_frames=max_frames, balance="none", progress=progress)
+        settings = Settings(
+            seed=seed,
+            max_side=max_side,
+            max_frames=max_frames,
+            wordnet=_wordnet(cache, progress),
+            balance="none",
+            progress=progress,
+        )
         done = curate(",".join(folders), out, settings)
         if progress:
             _tell(str(done))
     (out / NOTE).write_text(json.dumps({**wanted, "missing": missing}), encoding="utf-8")
     return DemoSet(out, missing)
+
+
+def _wordnet(cache: str | Path | None, progress: bool) -> str:
+    """The setting `wordnet`: its folder in the cache, or "off" where it cannot be fetched."""
+    try:
+        return str(fetch("wordnet", cache, progress))
+    except (SourceUnavailable, DataError) as error:
+        _tell(f"going on without wordnet: {error}")
+        return "off"
 
 
 def _note(out: Path) -> dict[str, Any]:

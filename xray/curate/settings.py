@@ -18,7 +18,7 @@ class Settings:
         seed: of balancing and of the split.
         engine: "native" (this machine) or "ray" (a cluster).
         address: of the Ray cluster; "" takes $RAY_ADDRESS, else starts one on this machine.
-        num_workers: processes that decode on each machine; None takes one per core.
+        num_workers: processes that decode, on all machines together; None takes one per core.
         progress: say on stderr what is being done.
 
         columns: names of the source's columns where they are not the usual ones: "caption=text,url=link".
