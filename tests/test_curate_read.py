@@ -552,7 +552,7 @@ def test_sources_behind_other_protocols(tmp_path: Path) -> None:
 
 def test_what_fails_is_tried_again_with_growing_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    monkeypatch.setattr("time.sleep", pauses.append)
     failures = iter([OSError("reset"), TimeoutError("late"), OSError("again")])
 
     def action() -> str:

@@ -20,8 +20,9 @@ ALLOWED = {
     "xray.models": {"xray.ops"},
     "xray.data": set(),
     "xray.train": {"xray.models", "xray.data", "xray.ops"},
-    "xray.evaluate": {"xray.models", "xray.data", "xray.ops"},
-    "xray.curate": {"xray.data", "xray.models"},
+    "xray.evaluate": {"xray.models", "xray.data", "xray.ops", "xray.pages"},
+    "xray.pages": set(),
+    "xray.curate": {"xray.data", "xray.models", "xray.pages"},
     "xray.demo": {"xray.models", "xray.data", "xray.ops", "xray.train", "xray.evaluate", "xray.curate"},
     "xray.cli": {
         "xray.models",

@@ -9,7 +9,6 @@ same `REFERENCES` pairs for all, of which mean and covariance are all that is ne
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from xray.curate.frame import SCORED, drop, keeping
 from xray.curate.settings import Settings
 from xray.curate.step import Context, Step
 from xray.data import DataError, Sample, Tokenizer, transforms, with_tags
+from xray.data.download import sha256_of
 from xray.data.shards import decode_stored
 from xray.models import CheckpointError, Clip, load, read_header
 
@@ -85,8 +85,7 @@ def _digest(source: str, settings: Settings) -> str | None:
     if path is None:
         return None
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise DataError(
             f"checkpoint is {settings.checkpoint}, and {path} cannot be read ({error.strerror}); "

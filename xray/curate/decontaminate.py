@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from xray.curate.settings import Settings
 from xray.curate.step import Context, Step
 from xray.data.clean import looks
 from xray.data.decoding import decode
+from xray.data.download import sha256_of
 from xray.data.errors import DataError, DecodeError
 from xray.data.folder import read_folder
 from xray.data.shards import INDEX, decode_stored, read_index
@@ -73,7 +73,7 @@ def decontaminate(frame: DataFrame | None, context: Context) -> DataFrame:
 
 def evaluation_files(source: str, settings: Settings) -> list[tuple[str, str]]:
     """The files of the evaluation sets, each with the digest of its content."""
-    return [(path.as_posix(), _digest(path)) for given in _given(settings) for path in _files(given)]
+    return [(path.as_posix(), sha256_of(path)) for given in _given(settings) for path in _files(given)]
 
 
 COMPARED = ("near_bits", "text_similarity", "text_words")
@@ -199,8 +199,3 @@ def _files(given: Path) -> Iterator[Path]:
     if not given.exists():
         raise DataError(f"against names {given}, where nothing is; a dataset, a folder or a table is needed")
     yield from [given] if given.is_file() else sorted(path for path in given.rglob("*") if path.is_file())
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

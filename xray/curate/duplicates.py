@@ -32,7 +32,7 @@ from scipy.sparse.csgraph import connected_components
 from xray.curate.frame import drop, keeping
 from xray.curate.neighbours import components, near_pairs, num_words, text_pairs, words_of
 from xray.curate.step import Context, Step, written
-from xray.data.clean import COLOUR_SIDE, MAX_DIFFERENCE, MEAN_DIFFERENCE
+from xray.data.clean import COLOUR_SIDE, MEAN_DIFFERENCE, alike_colours
 from xray.data.decoding import spread
 
 LOOKS = "looks"  # artefact of near_duplicates: `node`, a perceptual hash, and `group`, the smallest one it is tied to
@@ -179,12 +179,6 @@ def same_pictures(pictures: Series, near_bits: int) -> pa.Array:
     np.minimum.at(smallest, group, key)
     groups = pa.StructArray.from_arrays([seen.field("id"), pa.array(smallest[group])], names=["id", "group"])
     return pa.LargeListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), groups)
-
-
-def alike_colours(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether colours, uint8 of one shape, are those of near duplicates (the thresholds of `xray.data.clean`)."""
-    difference = np.abs(one.astype(np.int16) - other)
-    return bool(difference.mean() <= MEAN_DIFFERENCE and difference.max() <= MAX_DIFFERENCE)
 
 
 def alike_frames(one: np.ndarray, other: np.ndarray, near_bits: int) -> bool:

@@ -7,9 +7,10 @@ import stat
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from xray.data.shard_files import FINAL
 
@@ -21,6 +22,9 @@ FIRST_PAUSE = 0.5  # seconds before the second attempt; twice as long before eac
 BLOCK = 2**20
 LOCAL = (None, "file")
 WORTH_RETRYING = (408, 425, 429)  # of the answers that blame the asker
+
+
+T = TypeVar("T")
 
 
 class Unavailable(Exception):
@@ -63,16 +67,32 @@ def fetch_all(places: Sequence[Place | None], retries: int) -> list[bytes | str]
 def _attempt(place: Place | None, retries: int) -> bytes | str:
     if place is None:
         return b""
-    for attempt in range(retries + 1):
+    try:
+        return tried(lambda: _fetch(place), retries, FIRST_PAUSE, (Unavailable, *FINAL))
+    except Exception as error:
+        return _in_words(error)
+
+
+def tried(action: Callable[[], T], retries: int, pause: float, final: tuple[type[Exception], ...]) -> T:
+    """What `action` returns, tried again while it fails.
+
+    Args:
+        action: what may fail for a moment.
+        retries: further attempts.
+        pause: seconds before the second attempt; twice as long before each further one.
+        final: errors that another attempt cannot mend.
+
+    Raises:
+        Exception: what the last attempt raised, or a final error.
+    """
+    for number in range(retries):
         try:
-            return _fetch(place)
-        except (Unavailable, *FINAL) as error:
-            return _in_words(error)
-        except Exception as error:  # each file system has errors of its own
-            if attempt == retries:
-                return _in_words(error)
-            time.sleep(FIRST_PAUSE * 2**attempt)
-    raise AssertionError
+            return action()
+        except final:
+            raise
+        except Exception:  # each file system has errors of its own
+            time.sleep(pause * 2**number)
+    return action()
 
 
 def _fetch(place: Place) -> bytes:

@@ -112,7 +112,7 @@ def curate(source: str | Path, out: str | Path, settings: Settings | None = None
     out = Path(out).absolute()
     source = str(source)
     engine.start(settings.engine, settings.address)
-    with folder_errors(out), _claimed(out, source), _engine_errors(out):
+    with folder_errors(out), _claimed(out, source), _engine_errors():
         folders: dict[str, Path] = {}
         finished: list[Finished] = []
         computed: list[str] = []
@@ -254,15 +254,15 @@ def _source_of(run: Path) -> str:
 
 
 @contextmanager
-def _engine_errors(out: Path) -> Iterator[None]:
-    """Daft reports what the operating system refused as errors of its own: name the full disk."""
+def _engine_errors() -> Iterator[None]:
+    """Daft reports what the operating system refused as errors of its own: make a full disk one again."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
         if any(sign in str(error) for sign in FULL_DISK):
-            raise DataError(f"no space is left to write {out}; free some or name another folder") from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
 
 

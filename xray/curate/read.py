@@ -21,6 +21,7 @@ from xray.curate.sources.shards import dataset, shards
 from xray.curate.sources.tables import tables
 from xray.curate.sources.values import digest_column
 from xray.curate.step import Context, Step
+from xray.data.download import sha256_of
 from xray.data.errors import DataError
 
 REPEATED = "the id is used already"
@@ -54,7 +55,8 @@ def inputs(text: str, settings: Settings) -> Any:
         digest.update(repr((source.kind, source.name)).encode())
         read_whole = [file for file in source.files if _is_text(source, file)]
         with ThreadPoolExecutor(8) as pool:
-            contents = dict(zip(read_whole, pool.map(_digest, read_whole), strict=True))
+            digests = pool.map(sha256_of, (file.url for file in read_whole))
+            contents = dict(zip(read_whole, digests, strict=True))
         for file in source.files:
             digest.update(repr((file.name, contents.get(file) or (file.size, file.stamp))).encode())
     return digest.hexdigest()
@@ -129,11 +131,6 @@ def _is_text(source: Source, file: File) -> bool:
     if is_remote(file.url) or source.kind == "shards":
         return False
     return source.kind != "folder" or file.name.rsplit("/", 1)[-1] in METADATA
-
-
-def _digest(file: File) -> str:
-    with open(file.url, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _facts(sources: Sequence[Source], columns: Sequence[Columns]) -> dict[str, Any]:

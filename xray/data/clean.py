@@ -140,5 +140,10 @@ def alike(seen: Looks, shape: int, colours: np.ndarray) -> bool:
     """Whether what was seen is a near duplicate of what has this hash and these colours."""
     if (seen.shape ^ shape).bit_count() > MAX_BITS or seen.colours.shape != colours.shape:
         return False
-    difference = np.abs(seen.colours.astype(np.int16) - colours)
-    return difference.mean() <= MEAN_DIFFERENCE and difference.max() <= MAX_DIFFERENCE
+    return alike_colours(seen.colours, colours)
+
+
+def alike_colours(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether colours, uint8 of one shape, are those of near duplicates."""
+    difference = np.abs(one.astype(np.int16) - other)
+    return bool(difference.mean() <= MEAN_DIFFERENCE and difference.max() <= MAX_DIFFERENCE)

@@ -140,7 +140,7 @@ def _keep(cache: Path, package: str, version: str | None, folder: Path, pattern:
         version = files[0].name.split("_")[1].replace("%3a", ":")
     with folder_errors(cache):
         path = cache / "downloads" / files[0].name
-        record = Download(package, version, path.name, files[0].stat().st_size, _sha256(files[0]))
+        record = Download(package, version, path.name, files[0].stat().st_size, sha256_of(files[0]))
         os.replace(files[0], path)
         draft = folder / "record"
         draft.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
@@ -162,7 +162,7 @@ def _cached(cache: Path, package: str, version: str | None = None) -> tuple[Path
         path = name.with_suffix("")
         if record.package != package or version not in (None, record.version) or record.file != path.name:
             continue
-        if path.is_file() and path.stat().st_size == record.size and _sha256(path) == record.sha256:
+        if path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256:
             return path, record
         _tell(f"{path} does not match its record and is fetched again", True)
         name.unlink(missing_ok=True)
@@ -170,12 +170,10 @@ def _cached(cache: Path, package: str, version: str | None = None) -> tuple[Path
     return None
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tell(message: str, progress: bool) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from xray import pages
 from xray.evaluate.charts import bar, line_chart
 from xray.evaluate.errors import EvaluationError
 from xray.evaluate.pictures import Pictures, data_uri
@@ -16,7 +15,7 @@ TEMPLATE = "report.html.jinja"
 LONGEST_TEXT = 90
 # Plain words for what metrics.json and the ledger call by one.
 NAMES = {
-    "data": "fetching and packing",
+    "data": "fetching and curating",
     "mae": "stage 1",
     "tags": "stage 2",
     "clip": "stage 3",
@@ -47,9 +46,8 @@ def duration(seconds: float) -> str:
 
 
 def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
-    """At most ``longest`` characters, cut with an ellipsis: a caption may have ten thousand."""
-    text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+    """See ``pages.shorten``."""
+    return pages.shorten(text, longest)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,16 +85,9 @@ def write_report(path: Path, metrics: Mapping[str, Any], curves: Curves, picture
     Raises:
         EvaluationError: the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(duration=duration, shorten=shorten, uri=data_uri)
+    template = pages.template(Path(__file__).with_name(TEMPLATE), duration=duration, shorten=shorten, uri=data_uri)
     comparison = _comparison(metrics)
-    html = environment.get_template(TEMPLATE).render(
+    html = template.render(
         m=metrics,
         pictures=pictures,
         bar=bar,

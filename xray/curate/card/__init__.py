@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import daft
-import jinja2
 import pyarrow
 from daft import DataFrame, col, lit
 
 import xray
+from xray import pages
 from xray.curate.card import charts, figures
 from xray.curate.card.pictures import Album
 from xray.curate.settings import Settings
@@ -101,15 +101,8 @@ def write(
     shown = {id for part in (kept, *(reason.examples for reason in reasons)) for e in part for id in (e.id, e.other)}
     shown |= set(still)
     shown |= {example.id for _, _, rows in groups for row in rows for example in row}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(shorten=shorten, number=lambda value: f"{value:,}", share=_share)
-    html = environment.get_template(TEMPLATE).render(
+    page = pages.template(Path(__file__).with_name(TEMPLATE), shorten=shorten, number="{:,}".format, share=_share)
+    html = page.render(
         source=public(source),
         command=command(source, path.parent, settings),
         settings=[(name, value, value != getattr(Settings(), name)) for name, value in _effective(settings)],
@@ -142,9 +135,8 @@ def write(
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """At most `longest` characters on one line: a caption may have a million."""
-    text = " ".join(text[: 4 * longest].split())
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+    """See `pages.shorten`."""
+    return pages.shorten(text, longest)
 
 
 def public(source: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
+from xray.curate.files import tried
 from xray.data.errors import DataError
 from xray.data.shard_files import FINAL
 
@@ -57,17 +57,13 @@ def attempt(action: Callable[[], T], what: str, retries: int) -> T:
     Raises:
         DataError: it failed each time; errors that another attempt cannot mend are not tried again.
     """
-    for number in range(retries + 1):
-        try:
-            return action()
-        except DataError:
-            raise
-        except Exception as error:  # each file system has errors of its own
-            if number == retries or isinstance(error, FINAL):
-                words = " ".join(str(error).split()) or type(error).__name__
-                raise DataError(f"{what} cannot be read ({words[:300]})") from error
-            time.sleep(FIRST_PAUSE * 2**number)
-    raise AssertionError
+    try:
+        return tried(action, retries, FIRST_PAUSE, (DataError, *FINAL))
+    except DataError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{what} cannot be read ({words[:300]})") from error
 
 
 def opened(url: str, retries: int = 0, **options: Any) -> IO[Any]:
@@ -152,10 +148,7 @@ def _file(given: str, file_system: Any, info: dict[str, Any]) -> File:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    known = (
-        info.get(name) for name in ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "created")
-    )
-    return str(next((value for value in known if value is not None), ""))
+    return str(next((info[name] for name in STAMPS if info.get(name) is not None), ""))
 
 
 def _walk(folder: str) -> Iterator[File]:
